@@ -1,0 +1,37 @@
+# make demo | make test | make lint | make soak BUDGET_MIN=20 SEED=1 | make constraints
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+BUDGET_MIN ?= 20
+SEED   ?= 1
+.PHONY: demo test lint soak constraints clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/posmlp demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --budget-min $(BUDGET_MIN) --seed $(SEED)
+
+# Resolves the newest allowed versions in a fresh environment and pins them.
+constraints:
+	./.ci/constraints
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,92 @@
+"""What a recipe may say about optimisation, checkpoints and workers, as plain frozen dataclasses free of heavy imports.
+
+A bad value raises ValueError with the field, what it got and what it expected.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+FORBID_UNKNOWN = {"extra": "forbid"}  # read by pydantic when these dataclasses are sections of a recipe
+
+
+def _require(ok: bool, field: str, got: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: got {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW and its schedule, per iteration: linear warm-up from `warmup_lr`, then cosine down to `min_lr`.
+
+    lr: peak learning rate for the whole global batch. weight_decay: not applied to 1-D parameters and those the model names.
+    warmup: share of all steps, 0 to 1. clip_grad: bound on the global gradient norm, 0 for none.
+    label_smoothing: share of the target spread over all classes.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    lr: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    clip_grad: float = 20.0
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(0 <= self.warmup <= 1, "warmup", self.warmup, "a share of all steps, 0 to 1")
+        _require(self.clip_grad >= 0, "clip_grad", self.clip_grad, "0 (off) or a positive norm")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to below 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The DeepSpeed engine. Parameters and moments are float32; `precision` is that of the forward and backward pass.
+
+    precision: "auto" is bf16 where the device computes it natively, else fp32. zero_stage: DeepSpeed ZeRO, 0 to 3.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointOptions:
+    """How often state is saved, in optimizer steps, and how many whole checkpoints are kept."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "every", self.every, "at least 1 step")
+        _require(self.keep >= 1, "keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """Where workers run.
+
+    launcher: "ray" (Ray Train) or "local" (processes of this machine, without Ray).
+    workers: their number; "auto" is the largest divisor of the number of micro-batches that fits the cluster.
+    cpus_per_worker: reserved on Ray, and the thread budget of one worker; 0: the machine's cores divided by its workers.
+    max_restarts: how many times a dead gang is started again before the run gives up.
+    hang_timeout_s: a worker that finishes no step for so long is treated as dead.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    launcher: Literal["ray", "local"] = "ray"
+    workers: Literal["auto"] | int = "auto"
+    cpus_per_worker: int = 0
+    max_restarts: int = 10
+    hang_timeout_s: int = 1800
+
+    def __post_init__(self) -> None:
+        _require(self.workers == "auto" or int(self.workers) >= 1, "workers", self.workers, "'auto' or at least 1")
+        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
+        _require(self.hang_timeout_s >= 10, "hang_timeout_s", self.hang_timeout_s, "at least 10 seconds")
+        _require(self.cpus_per_worker >= 0, "cpus_per_worker", self.cpus_per_worker, "0 (automatic) or more")

@@ -1,0 +1,35 @@
+"""One Ray session per process: joins the cluster that RAY_ADDRESS names, else starts a private one on loopback."""
+
+import logging
+import os
+
+import ray
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, which silences its warning
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def ensure_ray(num_cpus: int | None = None) -> None:
+    """Connects this process to Ray unless it is connected already.
+
+    num_cpus: what a private cluster offers to tasks and workers; None is every core. Ignored when a cluster is joined.
+    A private cluster listens on loopback, has no dashboard and ends with this process.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+    )

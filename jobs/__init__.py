@@ -1,0 +1,1 @@
+"""What a user does: one verb per file, composed from `pipeline`, `model` and `cluster`. `cli` is the door, `recipe` the form."""

@@ -1,0 +1,311 @@
+"""A recipe: one typed YAML file that says everything about a dataset and a run. Pure: reads no video, imports no framework.
+
+Reading goes file -> plain YAML -> dotted overrides (`train.epochs=3`) -> typed sections. Unknown keys are refused with the
+nearest known one; errors name the key and, for keys from the file, the line. The resolved recipe is what a run saves.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import pydantic
+import yaml
+
+from cluster.options import CheckpointOptions, EngineOptions, LaunchOptions, OptimizerOptions
+from jobs.errors import RecipeError
+from model.presets import ModelConfig
+from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOptions, LoaderOptions
+
+MAX_RECIPE_BYTES = 1 << 20
+Count = Annotated[int, pydantic.Field(ge=1)]
+
+
+class Section(pydantic.BaseModel):
+    """A group of keys; frozen, so that a run cannot drift from the recipe it saved."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """dir: the run folder, created if missing. seed: of order, augmentation and initial weights."""
+
+    dir: Path | None = None
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
+
+
+class DataSection(Section):
+    """Raw videos, the dataset built from them, and which of its splits are trained on and reported.
+
+    videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
+    dir: the built dataset; None: the folder `dataset` in the run folder.
+    val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
+    """
+
+    videos: Path | None = None
+    labels: Path | None = None
+    dir: Path | None = None
+    split_column: str = "split"
+    train_split: str = "train"
+    val_split: str = "val"
+    allow_missing: bool = False
+    val_fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
+    shard_size_mib: Count = 128
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
+    encode: EncodeOptions = EncodeOptions()
+    limits: LimitOptions = LimitOptions()
+
+
+class TrainSection(Section):
+    """How much is trained. A global batch is a whole number of micro-batches, which are never split (see ARCHITECTURE.md).
+
+    global_batch, micro_batch: clips. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
+    trace: every rank records keys, frames, crops and tensor digests of what it consumed under `trace/`.
+    """
+
+    global_batch: Count = 32
+    micro_batch: Count = 8
+    epochs: Annotated[float, pydantic.Field(gt=0)] = 60.0
+    steps: Count | None = None
+    trace: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch: got {self.global_batch}, expected a multiple of train.micro_batch ({self.micro_batch}), "
+                f"for example {max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch}"
+            )
+        return self
+
+
+class EvalSection(Section):
+    """micro_batch: videos in one forward pass."""
+
+    micro_batch: Count = 8
+
+
+class Recipe(Section):
+    """Every key of a recipe, by section."""
+
+    version: Literal[1] = 1
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    clip: ClipOptions = ClipOptions()
+    augment: AugmentOptions = AugmentOptions()
+    loader: LoaderOptions = LoaderOptions()
+    model: ModelConfig = ModelConfig()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    engine: EngineOptions = EngineOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    launch: LaunchOptions = LaunchOptions()
+    eval: EvalSection = EvalSection()
+
+    @property
+    def run_dir(self) -> Path:
+        if self.run.dir is None:
+            raise RecipeError("run.dir is not set: add 'run.dir=FOLDER'.")
+        return self.run.dir
+
+    @property
+    def dataset_dir(self) -> Path:
+        return self.data.dir if self.data.dir is not None else self.run_dir / "dataset"
+
+    def network(self, num_classes: int) -> ModelConfig:
+        """The model's configuration with classes, frames and size taken from the dataset, `clip` and `augment`.
+
+        Raises RecipeError where the model section says otherwise.
+        """
+        facts = {"num_classes": num_classes, "num_frames": self.clip.num_frames, "input_size": self.augment.size}
+        sources = {"num_classes": "the dataset", "num_frames": "clip.num_frames", "input_size": "augment.size"}
+        for name, value in facts.items():
+            stated = getattr(self.model, name)
+            if stated not in (None, value, (value, value)):
+                raise RecipeError(f"model.{name}: got {stated}, but {sources[name]} says {value}. Remove model.{name}.")
+        return dataclasses.replace(self.model, **facts)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key present; reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def numerics(self) -> dict[str, object]:
+        """Dotted keys that decide which numbers a run computes: a run resumes only where these are equal.
+
+        Where data lies, how many workers there are, how often is saved and how bytes are fetched is not among them.
+        """
+        plain = self.model_dump(mode="json")
+        kept = {name: plain[name] for name in ("clip", "augment", "model", "optimizer")}
+        kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps")}
+        kept["run"] = {"seed": plain["run"]["seed"]}
+        kept["engine"] = {"precision": plain["engine"]["precision"]}
+        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split")}
+        return dict(sorted(_flatten(kept).items()))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in resources.files("jobs.recipes").iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by path, or one that comes with the package by name, and applies `key=value` overrides.
+
+    Relative paths in it are taken from the current folder. Without run.dir the run folder is `runs/<recipe's name>`.
+    Raises RecipeError with the key, the line, what was got and what was expected.
+    """
+    text, where = _read(name_or_path)
+    values = _parse_yaml(text, where)
+    for override in overrides:
+        _apply(values, override)
+    recipe = parse_recipe(values, where=where, lines=_lines(text))
+    return _with_absolute_paths(recipe, Path("runs") / Path(name_or_path).stem)
+
+
+def parse_overrides(values: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
+    """A recipe without a file: plain sections plus `key=value` overrides. Paths become absolute."""
+    merged = {name: dict(section) if isinstance(section, Mapping) else section for name, section in values.items()}
+    for override in overrides:
+        _apply(merged, override)
+    return _with_absolute_paths(parse_recipe(merged, where="the command line"), None)
+
+
+def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None = None) -> Recipe:
+    """Typed recipe from plain values. Raises RecipeError naming every wrong key at once."""
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems: dict[str, str] = {}
+        for problem in error.errors(include_url=False):
+            key, text = _explain(problem["loc"], problem["type"], problem["msg"], problem["input"])
+            problems[key] = f"{problems[key]}, or {text}" if key in problems else text
+        found = [f"{key}{_line(key, lines or {})}: {text}" for key, text in problems.items()]
+        raise RecipeError(f"{where}: " + "\n  ".join(["", *found] if len(found) > 1 else found)) from None
+
+
+def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe:
+    data = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "labels", "dir")}
+    run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
+    return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data)})
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in recipe_names() and not os.path.exists(name_or_path):
+        return (resources.files("jobs.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_path}"
+    path = Path(name_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, recipe_names(), 1)
+        hint = f" Did you mean the packaged recipe '{near[0]}'?" if near else f" Packaged recipes: {', '.join(recipe_names())}."
+        raise RecipeError(f"{name_or_path}: no such recipe file.{hint}")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes, expected a recipe of at most {MAX_RECIPE_BYTES}.")
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not text in UTF-8; a recipe is a YAML file.") from None
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: got a {type(values).__name__}, expected sections such as 'data:' and 'train:'.")
+    return values
+
+
+def _apply(values: dict[str, object], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"'{override}': expected key=value, for example train.epochs=3.")
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"'{override}': '{section}' is a value, not a section.")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        node[last] = text
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> tuple[str, str]:
+    """(dotted key, what is wrong with it) of one pydantic error."""
+    names = []
+    section: object = Recipe
+    for part in location:
+        if kind in ("extra_forbidden", "unexpected_keyword_argument") or isinstance(part, int) or part in _fields(section):
+            names.append(str(part))
+            section = _fields(section).get(str(part), object)
+    key = ".".join(names)
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner: object = Recipe
+        for name in names[:-1]:
+            owner = _fields(owner).get(name, object)
+        near = difflib.get_close_matches(names[-1], _fields(owner), 1)
+        hint = f"did you mean '{'.'.join([*names[:-1], near[0]])}'?" if near else f"known here: {', '.join(_fields(owner))}."
+        return key, f"unknown key; {hint}"
+    message = message.removeprefix("Value error, ")
+    field, colon, rest = message.partition(": got ")
+    if colon:
+        return f"{key}.{field}" if key else field, f"got {rest}"
+    return key, f"got {value!r}: {message[:1].lower() + message[1:]}"
+
+
+def _fields(section: object) -> dict[str, object]:
+    """Field name -> type of a section, which is a pydantic model or a dataclass; empty for anything else."""
+    if isinstance(section, types.UnionType):
+        section = next((option for option in typing.get_args(section) if _fields(option)), object)
+    if isinstance(section, type) and issubclass(section, pydantic.BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    if isinstance(section, type) and dataclasses.is_dataclass(section):
+        hints = typing.get_type_hints(section)
+        return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+    return {}
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Dotted key -> line (from 1) in the YAML text."""
+    found: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    found[prefix + key.value] = key.start_mark.line + 1
+                    walk(value, f"{prefix}{key.value}.")
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return found
+
+
+def _line(key: str, lines: Mapping[str, int]) -> str:
+    while key:
+        if key in lines:
+            return f" (line {lines[key]})"
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else Path(os.path.abspath(path.expanduser()))

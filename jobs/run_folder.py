@@ -1,0 +1,147 @@
+"""What a run folder holds, and what makes a checkpoint in it belong to a recipe and a dataset.
+
+recipe.yaml      the resolved recipe            env.json       versions and machine
+metrics.jsonl    one event a line               attempts/      one file per start of the gang, the newest may write
+checkpoints/     step-…/ with manifest last     damage/        samples that were replaced, per rank
+logs/            what workers printed           trace/         what every rank consumed (train.trace: true)
+eval/, eval.json per-video records, figures     report.html
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import click
+
+from cluster.checkpoint import Checkpoint, CheckpointStore
+from jobs.errors import RecipeError
+from jobs.recipe import Recipe, load_recipe
+from pipeline.errors import DatasetError
+from pipeline.index import Dataset
+from pipeline.keyed import KEYED_VERSION
+from pipeline.order import ORDER_VERSION
+
+_LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole: after a crash it holds the old text or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, object]:
+    """`env.json`: library versions, machine and, in a checkout, the commit."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "libraries": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _commit() -> str | None:
+    """The commit this package was run from, where it was run from a checkout and git is there."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607 - git of the user's own PATH
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def prepare(recipe: Recipe) -> None:
+    """Creates the run folder with its resolved recipe and environment."""
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
+    write_text(recipe.run_dir / "env.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def recipe_of(run_dir: Path) -> Recipe:
+    """The recipe that a run folder was made with; `run.dir` is where the folder is now. Raises RecipeError."""
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run_dir} is not a run folder: it has no recipe.yaml. Train first: posmlp train RECIPE run.dir={run_dir}")
+    recipe = load_recipe(str(path))
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": Path(os.path.abspath(run_dir))})})
+
+
+def checkpoints(recipe: Recipe) -> CheckpointStore:
+    """The run's checkpoint store."""
+    return CheckpointStore(recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep)
+
+
+def total_steps(recipe: Recipe, num_samples: int) -> int:
+    """Optimizer steps of a run over a train split of `num_samples` items."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.train.global_batch))
+
+
+def identity(recipe: Recipe, dataset: Dataset) -> dict[str, object]:
+    """What must be equal for a checkpoint to be resumed: the dataset, the recipe's numerics, versions that change the stream."""
+    versions = {"version.order": ORDER_VERSION, "version.keyed": KEYED_VERSION}
+    return {"dataset": dataset.info.fingerprint, **versions, **recipe.numerics()}
+
+
+def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
+    """The newest whole checkpoint of this recipe and dataset; damaged ones are skipped and named on standard error.
+
+    Raises CheckpointError, with both values, where the run folder's checkpoints are of another dataset or recipe.
+    """
+    return checkpoints(recipe).newest(identity(recipe, dataset), warn=lambda text: click.echo(f"warning: {text}", err=True))
+
+
+def open_dataset(recipe: Recipe, split: str) -> Dataset:
+    """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
+    dataset = Dataset.open(recipe.dataset_dir)
+    with (dataset.root / "index.arrow").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != dataset.info.index_sha256:
+        raise DatasetError(
+            f"{dataset.root / 'index.arrow'} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
+            f"{dataset.info.index_sha256[:16]}…. Run 'posmlp data validate {dataset.root}', then build it again."
+        )
+    for shard in dataset.info.shards:
+        path = dataset.root / shard.file
+        size = path.stat().st_size if path.is_file() else -1
+        if size != shard.size:
+            got = "is missing" if size < 0 else f"is {size} bytes long, expected {shard.size}"
+            raise DatasetError(f"{path} {got}. Run 'posmlp data validate {dataset.root}', then build it again.")
+    if len(dataset.rows(recipe.data.split_column, split)) == 0:
+        raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
+    return dataset

@@ -1,0 +1,151 @@
+"""What one rank writes down while it trains, and how the driver follows it."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from cluster.metrics import MetricsWriter
+from cluster.topology import Worker
+from jobs.progress import Progress
+from jobs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cluster.engine import StepResult
+    from pipeline.loader import Batch
+
+POLL_S = 0.5  # how often the driver looks for new metrics to show
+
+
+class RankLog:
+    """Metrics (rank 0), damaged samples and, on request, the trace of what this rank consumed."""
+
+    def __init__(self, recipe: Recipe, worker: Worker) -> None:
+        self._batch = recipe.train.global_batch
+        self._metrics = MetricsWriter(recipe.run_dir / "metrics.jsonl", worker.attempt) if worker.rank == 0 else None
+        self._damage_path = recipe.run_dir / "damage" / f"rank-{worker.rank}.jsonl"
+        self._damage: MetricsWriter | None = None
+        self._attempt = worker.attempt
+        self._trace: TextIO | None = None
+        self._waited = 0.0
+        if recipe.train.trace:
+            folder = recipe.run_dir / "trace"
+            folder.mkdir(exist_ok=True)
+            self._trace = (folder / f"attempt-{worker.attempt:06d}-rank-{worker.rank}.jsonl").open("a", encoding="utf-8")
+
+    def event(self, event: str, **facts: object) -> None:
+        """One line in metrics.jsonl, from rank 0."""
+        if self._metrics is not None:
+            self._metrics.write(event, **facts)
+
+    def watch(self, batches: Iterable["Batch"]) -> Iterator[tuple[int, "Batch"]]:
+        """Passes (micro-batch number, batch) on; measures the wait for data, records damage and trace."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            self._record(batch)
+            yield batch.micro, batch
+
+    def step(self, step: int, result: "StepResult", seconds: float, num_samples: int) -> None:
+        """The figures of one finished optimizer step; `step` counts from 1."""
+        self.event(
+            "step",
+            step=step,
+            epoch=round(step * self._batch / num_samples, 4),
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            clips_per_s=round(self._batch / seconds, 3),
+            data_wait=round(min(1.0, self._waited / seconds), 4),
+            step_s=round(seconds, 4),
+        )
+        self._waited = 0.0
+
+    def _record(self, batch: "Batch") -> None:
+        for damage in batch.damaged:
+            if self._damage is None:
+                self._damage_path.parent.mkdir(exist_ok=True)
+                self._damage = MetricsWriter(self._damage_path, self._attempt)
+            self._damage.write(
+                "damage",
+                position=damage.position,
+                key=damage.key,
+                shard=damage.shard,
+                reason=damage.reason,
+                substitute_key=damage.substitute_key,
+            )
+        if self._trace is not None:
+            self._trace.write(json.dumps(_trace_line(batch)) + "\n")
+            self._trace.flush()
+
+    def close(self) -> None:
+        for writer in (self._metrics, self._damage, self._trace):
+            if writer is not None:
+                writer.close()
+
+
+def _trace_line(batch: "Batch") -> dict[str, object]:
+    """What was consumed, to the bit: positions, keys, frames, crops and a digest of the tensor."""
+    parameters = [
+        {"frames": chosen.frames.tolist(), "roi": [float(edge) for edge in chosen.roi], "flip": bool(chosen.flip)}
+        for chosen in batch.parameters
+    ]
+    return {
+        "step": batch.step,
+        "micro": batch.micro,
+        "positions": [int(position) for position in batch.positions],
+        "keys": batch.keys,
+        "labels": batch.labels.tolist(),
+        "parameters": parameters,
+        "digest": hashlib.sha256(batch.clips.cpu().numpy().tobytes()).hexdigest(),
+    }
+
+
+@contextmanager
+def follow(metrics: Path, progress: Progress, done: int) -> Iterator[None]:
+    """Shows steps on `progress` as they appear in `metrics`, whichever process of which machine writes them."""
+    stop = threading.Event()
+    offset = metrics.stat().st_size if metrics.is_file() else 0
+    thread = threading.Thread(target=_tail, args=(metrics, offset, progress, done, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _tail(metrics: Path, offset: int, progress: Progress, done: int, stop: threading.Event) -> None:
+    pending = b""
+    while True:
+        last = stop.is_set()
+        if metrics.is_file():
+            with metrics.open("rb") as file:
+                file.seek(offset)
+                pending += file.read()
+                offset = file.tell()
+        *lines, pending = pending.split(b"\n")
+        for line in lines:
+            event = _step_event(line)
+            if event is not None and event["step"] > done:  # steps replayed after a kill were counted before
+                progress.advance(int(event["step"]) - done, f"loss {event['loss']:.3f}, data wait {event['data_wait']:.0%}")
+                done = int(event["step"])
+        if last:
+            return
+        stop.wait(POLL_S)
+
+
+def _step_event(line: bytes) -> dict[str, float] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # a line torn by a kill
+        return None
+    return event if isinstance(event, dict) and event.get("event") == "step" else None

@@ -1,0 +1,188 @@
+"""Where the bytes are: `index.arrow` (one row per item, memory-mapped) beside `dataset.json`, which is written last.
+
+An item is what a training position points at: a video, a time window of one, later a keyframe. Rows name the shard, the
+byte range of the video member and its CRC-32, so that a reader needs no tar library and no shard header. Columns are plain
+(no dictionaries, no nesting), the file uncompressed: all ranks of a node share one copy in the page cache.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import DatasetError
+
+FORMAT_VERSION = 1
+SPLIT_PREFIX = "split:"  # a column per split column of the label file, int8 codes into DatasetInfo.splits
+COLUMNS = (
+    pa.field("key", pa.string(), nullable=False),  # WebDataset key: unique, no dot in its last part
+    pa.field("source", pa.string(), nullable=False),  # path relative to the videos folder, for people
+    pa.field("group", pa.string(), nullable=False),  # label file's group (person, scene), "" without one
+    pa.field("label", pa.int32(), nullable=False),  # index into DatasetInfo.classes
+    pa.field("shard", pa.int32(), nullable=False),  # index into DatasetInfo.shards
+    pa.field("offset", pa.int64(), nullable=False),  # of the video member's data in the tar, in bytes
+    pa.field("size", pa.int64(), nullable=False),  # of the same, in bytes
+    pa.field("crc32", pa.uint32(), nullable=False),  # of the same bytes (zlib.crc32)
+    pa.field("begin", pa.int32(), nullable=False),  # the item is frames [begin, end) of the member
+    pa.field("end", pa.int32(), nullable=False),
+    pa.field("fps", pa.float64(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),  # of the stored video, in pixels
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("codec", pa.string(), nullable=False),  # "h264", "vp9", "mjpeg": FFmpeg's names
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One tar: `file` relative to the dataset folder, its size in bytes, SHA-256 and number of items."""
+
+    file: str
+    size: int
+    sha256: str
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """`dataset.json`: what the dataset is. `fingerprint` covers the index, the shards and the classes.
+
+    splits: split column -> its names, in the order of the index's codes (-1 there: in none).
+    build: the options that shaped the bytes. libraries: versions that did.
+    """
+
+    version: int = FORMAT_VERSION
+    fingerprint: str = ""
+    classes: list[str]
+    splits: dict[str, list[str]]
+    num_items: int
+    num_quarantined: int
+    num_frames: int
+    index_sha256: str
+    index_size: int
+    shards: list[ShardInfo]
+    build: dict[str, object] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    def with_fingerprint(self) -> "DatasetInfo":
+        """The same with `fingerprint` computed from content alone (library versions and options are not content)."""
+        content = {
+            "version": self.version,
+            "classes": self.classes,
+            "splits": self.splits,
+            "index": self.index_sha256,
+            "shards": [shard.sha256 for shard in self.shards],
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return replace(self, fingerprint=digest[:32])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Raises DatasetError when the text is not a dataset.json of this version; `where` names the file."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise DatasetError(f"{where} is not valid JSON ({error}). Rebuild the dataset with the same command.") from None
+        if not isinstance(raw, dict) or raw.get("version") != FORMAT_VERSION:
+            got = raw.get("version") if isinstance(raw, dict) else type(raw).__name__
+            raise DatasetError(f"{where}: format version {got}, expected {FORMAT_VERSION}. Rebuild, or install the version that wrote it.")
+        try:
+            shards = [ShardInfo(**shard) for shard in raw.pop("shards")]
+            return cls(shards=shards, **raw)
+        except (TypeError, KeyError) as error:
+            raise DatasetError(f"{where} lacks or misnames a field ({error}). Rebuild the dataset with the same command.") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One row. `shard_file` is relative to the dataset folder; frames are [begin, end) of the stored member."""
+
+    row: int
+    key: str
+    label: int
+    shard_file: str
+    offset: int
+    size: int
+    crc32: int
+    begin: int
+    end: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+
+    @property
+    def num_frames(self) -> int:
+        return self.end - self.begin
+
+
+class Dataset:
+    """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views."""
+
+    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table) -> None:
+        self.root = root
+        self.info = info
+        self._table = table
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> Self:
+        """Raises DatasetError when `root` holds no finished dataset or its index does not fit its dataset.json."""
+        root = Path(root)
+        manifest = root / "dataset.json"
+        if not manifest.is_file():
+            state = "an unfinished build: run the build command again to finish it" if (root / "build").is_dir() else "no dataset"
+            raise DatasetError(f"{root} holds {state} (there is no dataset.json in it).")
+        info = DatasetInfo.from_json(manifest.read_text(encoding="utf-8"), str(manifest))
+        path = root / "index.arrow"
+        if not path.is_file() or path.stat().st_size != info.index_size:
+            raise DatasetError(f"{path} is missing or not {info.index_size} bytes long. Run 'posmlp data validate {root}'.")
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid as error:
+            raise DatasetError(f"{path} is damaged ({error}). Run 'posmlp data validate {root}'.") from None
+        expected = [column.name for column in index_schema(list(info.splits))]
+        if table.column_names != expected or table.num_rows != info.num_items:
+            raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
+        return cls(root, info, table)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def column(self, name: str) -> npt.NDArray[np.generic]:
+        """A numeric column as a read-only array of shape (num_items,), without a copy."""
+        chunked = self._table.column(name)
+        if chunked.num_chunks == 0:
+            return np.empty(0, dtype=chunked.type.to_pandas_dtype())
+        return np.asarray(chunked.chunk(0).to_numpy(zero_copy_only=True))
+
+    def text(self, name: str, row: int) -> str:
+        """One cell of a text column."""
+        return str(self._table.column(name)[row].as_py())
+
+    def item(self, row: int) -> Item:
+        values = {name: self._table.column(name)[row].as_py() for name in Item.__dataclass_fields__ if name not in ("row", "shard_file")}
+        shard = self.info.shards[self._table.column("shard")[row].as_py()]
+        return Item(row=row, shard_file=shard.file, **values)
+
+    def rows(self, split_column: str, split: str) -> npt.NDArray[np.uint32]:
+        """Rows of one split, ascending, shape (n,). Raises DatasetError naming what there is instead."""
+        names = self.info.splits.get(split_column)
+        if names is None:
+            raise DatasetError(f"{self.root} has no split column '{split_column}'; it has {sorted(self.info.splits)}. Set data.split_column.")
+        if split not in names:
+            raise DatasetError(f"{self.root}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split.")
+        codes = self.column(SPLIT_PREFIX + split_column)
+        return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
+
+
+def index_schema(split_columns: list[str]) -> pa.Schema:
+    """The columns of `index.arrow`, in order; one more int8 column per split column."""
+    return pa.schema([*COLUMNS, *(pa.field(SPLIT_PREFIX + name, pa.int8(), nullable=False) for name in split_columns)])
