@@ -118,14 +118,15 @@ def demo(out: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's error is one message on standard error and exit code 1, never a traceback."""
-    from cluster.errors import ClusterError
-    from jobs.errors import JobError
+    from jobs.errors import JobError, user_errors
     from jobs.packages import verify_packages
-    from model.errors import ModelError
-    from pipeline.errors import PipelineError
 
     try:
         verify_packages()
+    except JobError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    try:
         posmlp(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted; the same command resumes", err=True)
@@ -136,7 +137,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (PipelineError, ClusterError, JobError, ModelError) as error:
+    except user_errors() as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder, a path that is not what it should be

@@ -7,3 +7,12 @@ class JobError(Exception):
 
 class RecipeError(JobError):
     """A recipe does not say what a recipe must say."""
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Errors of every room whose text is for the user: shown as a message, never as a traceback."""
+    from cluster.errors import ClusterError  # imported late: that these are ours is checked first (`packages`)
+    from model.errors import ModelError
+    from pipeline.errors import PipelineError
+
+    return (PipelineError, ClusterError, ModelError, JobError)

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 
 from cluster import lease
 from cluster.topology import Worker, num_micro_batches
-from jobs.errors import JobError
+from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
 from jobs.run_folder import checkpoints, newest_checkpoint, open_dataset, recipe_of, write_text
@@ -81,10 +82,11 @@ def _evaluate_missing(recipe: Recipe, number: int, parts: Path, total: int) -> N
         launch(
             "jobs.evaluate:worker",
             {"recipe": recipe.model_dump(mode="json"), "checkpoint": number, "parts": str(parts)},
-            run_dir=recipe.run_dir,
+            run_dir=parts.parent,  # its attempts are not the training's
             num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
             options=recipe.launch,
-            on_event=lambda event: None,
+            on_event=lambda event: click.echo(f"evaluation restarted: {event['reason']}", err=True),
+            user_errors=user_errors(),
         )
 
 
@@ -123,13 +125,15 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from cluster.engine import autocast
     from cluster.worker import heartbeat
     from jobs.trained_model import load_trained
-    from pipeline.loader import Loader, eval_requests
+    from pipeline.loader import Loader
+    from pipeline.requests import eval_requests
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
     dataset = Dataset.open(recipe.dataset_dir)
     parts = Path(str(payload["parts"]))
     checkpoint = checkpoints(recipe).at(int(str(payload["checkpoint"])))
     model = load_trained(recipe, len(dataset.info.classes), checkpoint).to(worker.device)
+    precision = autocast(recipe.engine, worker.device)
     requests = eval_requests(
         dataset,
         dataset.rows(recipe.data.split_column, recipe.data.val_split),
@@ -152,7 +156,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         on_damage="report",
     ) as loader:
         for batch in loader:
-            with torch.inference_mode(), autocast(recipe.engine, worker.device):
+            with torch.inference_mode(), precision:
                 logits = model(batch.clips)
             records = judge(batch, logits.float().cpu())
             if records:  # a dummy that only keeps ranks in step has none

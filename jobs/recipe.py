@@ -128,7 +128,7 @@ class Recipe(Section):
             stated = getattr(self.model, name)
             if stated not in (None, value, (value, value)):
                 raise RecipeError(f"model.{name}: got {stated}, but {sources[name]} says {value}. Remove model.{name}.")
-        return dataclasses.replace(self.model, **facts)
+        return dataclasses.replace(self.model, num_classes=num_classes, num_frames=self.clip.num_frames, input_size=self.augment.size)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key present; reads back to an equal recipe."""

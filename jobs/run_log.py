@@ -83,7 +83,7 @@ class RankLog:
                 substitute_key=damage.substitute_key,
             )
         if self._trace is not None:
-            self._trace.write(json.dumps(_trace_line(batch)) + "\n")
+            self._trace.write(json.dumps({"attempt": self._attempt, **_trace_line(batch)}) + "\n")
             self._trace.flush()
 
     def close(self) -> None:
@@ -94,17 +94,13 @@ class RankLog:
 
 def _trace_line(batch: "Batch") -> dict[str, object]:
     """What was consumed, to the bit: positions, keys, frames, crops and a digest of the tensor."""
-    parameters = [
-        {"frames": chosen.frames.tolist(), "roi": [float(edge) for edge in chosen.roi], "flip": bool(chosen.flip)}
-        for chosen in batch.parameters
-    ]
     return {
         "step": batch.step,
         "micro": batch.micro,
         "positions": [int(position) for position in batch.positions],
         "keys": batch.keys,
         "labels": batch.labels.tolist(),
-        "parameters": parameters,
+        "parameters": [chosen.as_lists() for chosen in batch.parameters],
         "digest": hashlib.sha256(batch.clips.cpu().numpy().tobytes()).hexdigest(),
     }
 

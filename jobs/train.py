@@ -18,7 +18,7 @@ from cluster import lease
 from cluster.checkpoint import CheckpointStore
 from cluster.metrics import MetricsWriter
 from cluster.topology import Worker, num_micro_batches
-from jobs.errors import JobError
+from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
 from jobs.run_folder import checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from cluster.engine import Engine
-    from pipeline.loader import Batch, MicroBatchRequest
+    from pipeline.loader import Batch
+    from pipeline.requests import MicroBatchRequest
 
 
 def run(recipe: Recipe) -> int:
@@ -57,6 +58,7 @@ def run(recipe: Recipe) -> int:
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
                 on_event=partial(_record, metrics),
+                user_errors=user_errors(),
             )
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
@@ -135,7 +137,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
 def _requests(
     recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32], worker: Worker, start: int, steps: int
 ) -> "Iterator[MicroBatchRequest]":
-    from pipeline.loader import train_requests
+    from pipeline.requests import train_requests
 
     return train_requests(
         dataset,

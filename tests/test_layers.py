@@ -58,12 +58,6 @@ def test_four_packages_and_no_more() -> None:
 def test_a_shadowing_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "__init__.py").write_text("")
-    code = f"""
-import jobs.packages, sys
-sys.path.insert(0, {str(tmp_path)!r})
-try:
-    jobs.packages.verify_packages()
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    assert f"JobError Python finds package 'model' at {tmp_path}/model/__init__.py" in fresh(code)
+    code = f"import jobs.packages, sys; sys.path.insert(0, {str(tmp_path)!r}); jobs.packages.verify_packages()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert f"JobError: Python finds package 'model' at {tmp_path}/model/__init__.py" in done.stderr

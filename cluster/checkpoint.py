@@ -1,0 +1,306 @@
+"""A run's state on disk: named arrays in safetensors files, and a JSON manifest with their digests, which is written last.
+
+    checkpoints/step-00000200-000003-5f2c91ab/state.safetensors
+                                              manifest.json
+
+A checkpoint exists when its manifest exists. Data goes first, under a name that nobody else uses, is digested while it is written
+and synced; then the fence is asked, then the manifest appears by a rename; only then are older checkpoints and the leftovers of dead
+writers removed. Kill the writer anywhere and the newest whole checkpoint still loads. Nothing here knows ranks or frameworks.
+
+The second number in the name counts saves: a run that fell back to an older step saves later, not smaller, numbers.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from cluster.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+BLOCK_BYTES = 4 << 20
+_NAME = re.compile(r"step-(\d{8,})-(\d{6,})-[0-9a-f]{8}")
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+Array: TypeAlias = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One whole checkpoint. number: of the save in this run, unique and rising. meta: what `save` was given."""
+
+    step: int
+    number: int
+    path: Path
+    meta: Mapping[str, object]
+    tensors: Mapping[str, object]
+
+    def load(self) -> dict[str, Array]:
+        """All arrays by name. Raises CheckpointError when a file does not hold what the manifest says."""
+        files: dict[str, dict[str, Array]] = {}
+        found = {}
+        for name, entry in self.tensors.items():
+            try:
+                found[name] = _assemble(entry, self.path, files)
+            except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.path}: '{name}' does not fit its manifest ({error!r}). Remove this folder.") from None
+        return found
+
+
+def _assemble(entry: object, folder: Path, files: dict[str, dict[str, Array]]) -> Array:
+    """One array from its slices: [file, tensor, start, stop] are elements [start, stop) of the flattened array."""
+    if not isinstance(entry, dict):
+        raise TypeError(entry)
+    shape, dtype, size = tuple(entry["shape"]), np.dtype(entry["dtype"]), int(np.prod(entry["shape"], dtype=np.int64))
+    whole, filled = np.empty(size, dtype), 0
+    for file, tensor, start, stop in entry["slices"]:
+        if file not in files:
+            files[file] = load_file(folder / file)
+        part = files[file][tensor]
+        if part.dtype != dtype or part.size != stop - start:
+            raise ValueError(f"{part.size} x {part.dtype} instead of {stop - start} x {dtype}")
+        if (start, stop) == (0, size):
+            return part.reshape(shape)
+        whole[start:stop] = part.reshape(-1)
+        filled += stop - start
+    if filled != size:
+        raise ValueError(f"{filled} of {size} elements are there")
+    return whole.reshape(shape)
+
+
+class CheckpointStore:
+    """The checkpoints of one run under `root`. keep: how many whole ones stay. One writer at a time; readers need no lock."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self._root = root
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Array], meta: Mapping[str, object], *, fence: Callable[[], None]) -> None:
+        """Commits one checkpoint.
+
+        fence: called before anything is written, before the commit and before anything is removed; raises to forbid it.
+        Raises CheckpointError when the disk refuses.
+        """
+        self.wait()
+        self._save(step, tensors, meta, fence)
+
+    def save_in_background(self, step: int, tensors: Mapping[str, Array], meta: Mapping[str, object], *, fence: Callable[[], None]) -> None:
+        """The same in a thread; waits for an unfinished save first. The arrays must be copies that nobody changes.
+
+        What the save raises is raised by the next call of `save`, `save_in_background` or `wait`.
+        """
+        self.wait()
+
+        def run() -> None:
+            try:
+                self._save(step, tensors, meta, fence)
+            except BaseException as error:  # whatever it is, the next caller gets it
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name=f"save step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises what the last one raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _save(self, step: int, tensors: Mapping[str, Array], meta: Mapping[str, object], fence: Callable[[], None]) -> None:
+        fence()
+        number = max((number for number, _ in self._folders()), default=0) + 1
+        folder = self._root / f"step-{step:08d}-{number:06d}-{secrets.token_hex(4)}"
+        try:
+            folder.mkdir(parents=True)
+            size, digest = write_safetensors(folder / STATE, tensors)
+            manifest = {
+                "format": FORMAT_VERSION,
+                "step": step,
+                "number": number,
+                "time": time.time(),
+                "meta": dict(meta),
+                "files": {STATE: {"size": size, "sha256": digest}},
+                "tensors": {
+                    name: {"dtype": value.dtype.name, "shape": value.shape, "slices": [[STATE, name, 0, value.size]]}
+                    for name, value in tensors.items()
+                },
+            }
+            _sync_folder(folder)
+            temporary = folder / f"{MANIFEST}.tmp"
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(manifest, file, sort_keys=True)
+                file.flush()
+                os.fsync(file.fileno())
+            fence()
+            os.replace(temporary, folder / MANIFEST)
+            _sync_folder(folder)
+            _sync_folder(self._root)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            fence()  # a newer attempt may have removed the folder: then that is the reason
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {folder} ({error.strerror or error}). "
+                "Free space or permissions there; the same command then resumes from the checkpoint before."
+            ) from error
+        fence()
+        self._remove_old()
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """(number, folder) of everything that looks like a checkpoint, whole or not, newest first."""
+        try:
+            names = os.listdir(self._root)
+        except FileNotFoundError:
+            return []
+        matches = ((name, _NAME.fullmatch(name)) for name in names)
+        return sorted(((int(match[2]), self._root / name) for name, match in matches if match), reverse=True)
+
+    def _remove_old(self) -> None:
+        whole = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()]
+        for _, folder in self._folders():
+            if folder in whole[: self._keep]:
+                continue
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one never looks whole
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def manifests(self) -> list[Checkpoint]:
+        """Checkpoints with a readable manifest, newest first; their bytes are not looked at."""
+        return [found for found in (_read(folder) for _, folder in self._folders()) if isinstance(found, Checkpoint)]
+
+    def newest(self, expect: Mapping[str, object] | None = None, *, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint whose bytes are whole; None when there is none. Damaged ones are skipped, telling `warn`.
+
+        expect: values that its meta must have (fingerprints). Raises CheckpointError that prints both when they differ.
+        """
+        for _, folder in self._folders():
+            if not (folder / MANIFEST).exists():
+                continue  # of a dead writer
+            found = _read(folder)
+            problem = found if isinstance(found, str) else _damage(found.path)
+            if isinstance(found, str) or problem:
+                warn(f"{folder} is damaged ({problem}): it is skipped for the one before.")
+                continue
+            _compare(found, expect or {})
+            return found
+        return None
+
+    def at(self, number: int) -> Checkpoint:
+        """The checkpoint of that number, which another process has found whole. Raises CheckpointError when it is gone."""
+        for found, folder in self._folders():
+            if found == number and isinstance(checkpoint := _read(folder), Checkpoint):
+                return checkpoint
+        raise CheckpointError(f"{self._root} has no checkpoint number {number}. Do all workers see the same run.dir?")
+
+
+def _read(folder: Path) -> Checkpoint | str:
+    """A checkpoint from its manifest, or what is wrong with that."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT_VERSION:
+            return f"format version {raw['format']}, expected {FORMAT_VERSION}"
+        return Checkpoint(step=raw["step"], number=raw["number"], path=folder, meta=raw["meta"], tensors=raw["tensors"])
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its manifest is not readable: {error!r}"
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the bytes beside the manifest; "" when nothing is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, facts in files.items():
+            size = (folder / name).stat().st_size
+            if size != facts["size"]:
+                return f"{name} has {size} bytes, expected {facts['size']}"
+            digest = hashlib.sha256()
+            for block in _blocks(folder / name):
+                digest.update(block)
+            if digest.hexdigest() != facts["sha256"]:
+                return f"{name} has SHA-256 {digest.hexdigest()[:12]}..., expected {facts['sha256'][:12]}..."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _compare(found: Checkpoint, expect: Mapping[str, object]) -> None:
+    for key, value in expect.items():
+        wanted, got = json.loads(json.dumps(value)), found.meta.get(key)
+        if wanted != got:
+            raise CheckpointError(
+                f"{found.path} is of another run: its {key} is {got!r}, this run's is {wanted!r}. "
+                "Resume with what it was made with, or choose another run.dir."
+            )
+
+
+def model_state(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The weights and buffers among a checkpoint's arrays, named as the model's own state dict names them."""
+    prefixes = ("model.", "buffer.")
+    return {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(prefixes)}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> tuple[int, str]:
+    """Writes arrays as one safetensors file, synced; returns its size in bytes and SHA-256.
+
+    Ours instead of the library's writer, because that holds all bytes a second time in memory and they must be digested anyway.
+    Format: 8 bytes length of the header, JSON header (dtype, shape, offsets), then the data, little-endian and without gaps.
+    """
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so that every tensor is aligned
+    header, offset = {}, 0
+    for name in order:
+        value = arrays[name]
+        if value.dtype.name not in _DTYPES or value.dtype.byteorder == ">":
+            raise CheckpointError(f"'{name}' has dtype {value.dtype}, which checkpoints cannot hold; expected one of {', '.join(_DTYPES)}.")
+        header[name] = {"dtype": _DTYPES[value.dtype.name], "shape": value.shape, "data_offsets": [offset, offset + value.nbytes]}
+        offset += value.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb", buffering=0) as file:
+        prefix = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
+        for data in (prefix, *(arrays[name].reshape(-1).view(np.uint8) for name in order)):
+            view = data.data
+            while view:  # a write to a full disk may be partial
+                written = file.write(view[:BLOCK_BYTES])
+                digest.update(view[:written])
+                view = view[written:]
+        os.fsync(file.fileno())
+    return 8 + len(text) + offset, digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""What a launcher tells a worker, as plain JSON-able values: nothing is pickled, and the supervisor need not load torch."""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+USER_ERROR_EXIT = 3  # exit code of a worker whose failure is written for the user: trying again would not help
+FAILURE = "failure.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to run, and where.
+
+    entry: "module:function", called with the payload and a Worker. folder: of this launch's logs, in which the gangs' are.
+    user_errors: exception classes as "module:name", beside ClusterError, whose text is for the user and which no restart cures.
+    """
+
+    entry: str
+    payload: Mapping[str, object]
+    run_dir: str
+    folder: str
+    hang_timeout_s: int
+    user_errors: tuple[str, ...]
+
+    @property
+    def failure(self) -> Path:
+        """Where the first rank that meets an error for the user leaves it; then the launch ends."""
+        return Path(self.folder) / FAILURE
+
+    def user_error(self) -> str | None:
+        """The text that a rank left for the user, if one did."""
+        try:
+            return str(json.loads(self.failure.read_text(encoding="utf-8"))["message"])
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A worker's place in a gang that is about to form. beat: the file whose modification time is its heartbeat, if watched."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    threads: int
+    beat: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What one process of a local gang reads on standard input. parent: its supervisor's pid, with which it shall end.
+
+    rendezvous: the file through which the ranks of this gang find each other; no other gang ever uses it.
+    """
+
+    job: Job
+    place: Place
+    parent: int
+    rendezvous: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        raw = json.loads(text)
+        job = Job(**{**raw["job"], "user_errors": tuple(raw["job"]["user_errors"])})
+        return cls(job=job, place=Place(**raw["place"]), parent=raw["parent"], rendezvous=raw["rendezvous"])
+
+
+def resolve(name: str) -> object:
+    """The object that "module:name" means."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def next_folder(parent: Path, prefix: str) -> Path:
+    """Makes and returns `parent`/`prefix`-0001 or the next number that nobody has."""
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [name[len(prefix) + 1 :] for name in os.listdir(parent) if name.startswith(f"{prefix}-")]
+    number = max((int(name) for name in taken if name.isdigit()), default=0) + 1
+    while True:
+        folder = parent / f"{prefix}-{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return folder
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The last non-empty lines of a worker's output."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (64 << 10)))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-count:]
+
+
+def hung(log: Path) -> bool:
+    """Whether the worker ended itself because no heartbeat came (see `worker.Watch`); its threads' stacks are in `log` then."""
+    return any(line.startswith("Timeout (") for line in last_lines(log, 1000))
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """What must be set before torch loads. OpenMP threads that spin while they wait would starve decoding."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # data ports of a gang on one machine

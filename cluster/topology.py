@@ -1,0 +1,72 @@
+"""Ranks and batch arithmetic. The micro-batch is the unit of numerics: a global batch is A of them, whatever the world size.
+
+A rank of a gang of W runs A/W micro-batches a step by accumulation, rank r those numbered r, r + W, r + 2W, ...; so W must
+divide A, and nothing that happens inside one micro-batch (batch-norm statistics, dropout, mixing) can depend on W.
+"""
+
+from dataclasses import dataclass
+
+from cluster.errors import TopologyError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """What one process of a gang knows of its place.
+
+    rank, world_size: in the gang. local_rank, local_world_size: among the gang's workers on this machine.
+    device: "cpu" or "cuda:<index>". threads: compute threads of this process. attempt: number of the gang in this run
+    folder, the fencing token of whatever it commits (see `lease`).
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str
+    threads: int
+    attempt: int
+
+
+def num_micro_batches(global_batch: int, micro_batch: int) -> int:
+    """A: micro-batches in a global batch, both in samples. Raises TopologyError unless one divides the other."""
+    if global_batch < 1 or micro_batch < 1:
+        raise TopologyError(f"train.global_batch ({global_batch}) and train.micro_batch ({micro_batch}) must be at least 1.")
+    if global_batch % micro_batch:
+        fitting = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
+        nearest = min(fitting, key=lambda size: (abs(size - micro_batch), size))
+        raise TopologyError(
+            f"train.global_batch ({global_batch}) is not a multiple of train.micro_batch ({micro_batch}). "
+            f"Set train.micro_batch={nearest}, or train.global_batch={global_batch - global_batch % micro_batch + micro_batch}."
+        )
+    return global_batch // micro_batch
+
+
+def world_sizes(num_micro_batches: int) -> list[int]:
+    """The numbers of workers that can share a global batch: the divisors of A, ascending."""
+    return [size for size in range(1, num_micro_batches + 1) if num_micro_batches % size == 0]
+
+
+def largest_world_size(num_micro_batches: int, available: int) -> int:
+    """The largest divisor of A that `available` workers can fill. Raises TopologyError when not even one fits."""
+    if available < 1:
+        raise TopologyError(
+            "No worker fits this cluster: its free CPUs or GPUs are fewer than one worker needs. Lower launch.cpus_per_worker."
+        )
+    return max(size for size in world_sizes(num_micro_batches) if size <= available)
+
+
+def check_world_size(num_micro_batches: int, world_size: int) -> None:
+    """Raises TopologyError, naming the sizes that would do, unless `world_size` divides A."""
+    if world_size < 1 or num_micro_batches % world_size:
+        raise TopologyError(
+            f"launch.workers={world_size} does not divide the {num_micro_batches} micro-batches of a global batch "
+            f"(train.global_batch / train.micro_batch). Possible: {', '.join(map(str, world_sizes(num_micro_batches)))}."
+        )
+
+
+def micro_batches_of(rank: int, world_size: int, num_micro_batches: int) -> range:
+    """Numbers, in [0, A), of the micro-batches that `rank` runs in every step, in its order."""
+    check_world_size(num_micro_batches, world_size)
+    if not 0 <= rank < world_size:
+        raise TopologyError(f"Rank {rank} is outside a gang of {world_size}.")
+    return range(rank, num_micro_batches, world_size)

@@ -1,0 +1,100 @@
+"""posmlp demo: the whole system on videos it makes itself, with a worker killed on purpose in the middle of an epoch.
+
+The class of each video is its motion, so a model that sees one frame must stay at chance: the same model on single frames is
+trained beside it and shown in the report. Running the command again resumes, or finds everything done.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cluster.lease import read_attempts
+from cluster.metrics import merge_steps, read_metrics
+from jobs import build, evaluate, report, train
+from jobs.recipe import Recipe, load_recipe
+from jobs.run_folder import open_dataset, total_steps
+from jobs.synthesize import synthesize
+
+NUM_CLIPS = 84
+SINGLE_FRAME = "single_frame"  # folder of the second run, inside the first one's
+POLL_S = 0.05
+
+
+def run(out: Path) -> None:
+    """Makes videos, builds, trains with a kill, evaluates, compares with single frames, reports, and prints a summary."""
+    began = time.monotonic()
+    videos = out / "videos"
+    synthesize(videos, num_clips=NUM_CLIPS, seed=0)
+    recipe = load_recipe("demo", [f"run.dir={out}", f"data.videos={videos}", f"data.labels={videos / 'labels.csv'}"])
+    info = build.build_dataset(recipe)
+    steps = _total_steps(recipe)
+    with _kill_one_worker(recipe.run_dir, recipe.checkpoint.every, steps):
+        train.run(recipe)
+    evaluate.run(recipe.run_dir)
+    result = evaluate.run(recipe.run_dir, baseline=_single_frame(recipe))
+    path = report.write_report(recipe.run_dir)
+    _summary(info.num_items, info.num_quarantined, result, recipe.run_dir, path, time.monotonic() - began)
+
+
+def _total_steps(recipe: Recipe) -> int:
+    dataset = open_dataset(recipe, recipe.data.train_split)
+    return total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+
+
+def _single_frame(recipe: Recipe) -> dict[str, object]:
+    """The same recipe on clips of one frame, in a folder of its own: what can be told without seeing motion."""
+    single = load_recipe(
+        str(recipe.run_dir / "recipe.yaml"),
+        [f"run.dir={recipe.run_dir / SINGLE_FRAME}", f"data.dir={recipe.dataset_dir}", "clip.num_frames=1", "launch.launcher=local"],
+    )
+    train.run(single)
+    return {"name": "the same model on single frames", "top1": evaluate.run(single.run_dir)["top1"]}
+
+
+@contextmanager
+def _kill_one_worker(run_dir: Path, every: int, steps: int) -> Iterator[None]:
+    """While the block runs: SIGKILL to one worker, once, half-way and between two checkpoints."""
+    stop = threading.Event()
+    due = max(1, steps // 2 // every * every + every // 2)
+
+    def watch() -> None:
+        while not stop.wait(POLL_S):
+            attempts = read_attempts(run_dir)
+            if len(attempts) > 1:
+                return  # it has happened, in this call or an earlier one
+            done = merge_steps(read_metrics(run_dir / "metrics.jsonl"))
+            pids = attempts[0].get("pids") if attempts else None
+            if done and int(str(done[-1]["step"])) >= due and isinstance(pids, list):
+                click.echo(f"demo: killing worker {len(pids) - 1} (process {pids[-1]}) after step {done[-1]['step']}", err=True)
+                os.kill(int(pids[-1]), signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _summary(num_items: int, num_quarantined: int, result: Mapping[str, object], run_dir: Path, path: Path, seconds: float) -> None:
+    table = Table(title="PosMLP-Video demo", show_header=False)
+    table.add_row("clips", f"{num_items} built, {num_quarantined} broken one(s) found and quarantined")
+    table.add_row("accuracy", evaluate.headline(result))
+    baseline = result["baseline"]
+    assert isinstance(baseline, Mapping)
+    table.add_row("single frames", f"{baseline['name']}: top-1 {baseline['top1']:.3f}")
+    for kill in report.kills(run_dir):
+        table.add_row("kill", kill)
+    table.add_row("time", f"{seconds / 60:.1f} min for this call")
+    table.add_row("report", str(path))
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,179 @@
+"""Randomness that depends on nothing but its key: which frames, which crop, which substitute, known before any byte is read.
+
+Every draw takes words from a fresh Philox-4x64-10 stream (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) whose
+key is (seed, position) and whose counter starts at (0, purpose, view, 0). Words become numbers by the rules written here, because
+NumPy promises stable raw words of a bit generator but no stable `Generator` methods. Frames are drawn per position, crop and flip
+per view of it, so one decode serves several views.
+"""
+
+import math
+import threading
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.options import AugmentOptions, ClipOptions
+
+KEYED_VERSION = 1  # a run may only resume under the version it started with
+CROP_ATTEMPTS = 10
+
+Roi: TypeAlias = tuple[float, float, float, float]
+
+
+class Purpose(IntEnum):
+    """What a stream of words is for. Values are part of the stream's key: append, never renumber."""
+
+    FRAMES = 1
+    CROP = 2
+    SUBSTITUTE = 3
+
+
+class _Generator(threading.local):
+    """One Philox object per thread, re-keyed in place for each use: building one costs ten times as much."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=0)
+
+
+_generator = _Generator()
+
+
+def words(seed: int, position: int, purpose: Purpose, view: int = 0, *, count: int) -> list[int]:
+    """`count` random words, each an int in [0, 2^64). seed, position and view are in [0, 2^64)."""
+    philox = _generator.philox
+    philox.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": np.array([0, purpose, view, 0], dtype=np.uint64), "key": np.array([seed, position], dtype=np.uint64)},
+        "buffer": np.zeros(4, dtype=np.uint64),
+        "buffer_pos": 4,  # nothing is left in the buffer
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    drawn: list[int] = philox.random_raw(count).tolist()
+    return drawn
+
+
+def to_int(word: int, bound: int) -> int:
+    """An integer in [0, bound), by multiply and shift; no value's probability is off by more than 2^-64."""
+    return (word * bound) >> 64
+
+
+def to_float(word: int, low: float = 0.0, high: float = 1.0) -> float:
+    """A float64 in [low, high), from the word's upper 53 bits."""
+    return low + (high - low) * ((word >> 11) * 2.0**-53)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClipParameters:
+    """All that decides a clip besides the video itself.
+
+    frames: int32 (T,), relative to the item's first frame. roi: (y0, x0, y1, x1) in stored pixels, the box that becomes the input.
+    flip: mirror it horizontally.
+    """
+
+    frames: npt.NDArray[np.int32]
+    roi: Roi
+    flip: bool
+
+    def as_lists(self) -> dict[str, list[int] | list[float] | bool]:
+        """Plain values, equal exactly when the parameters are: for logs and digests of the stream."""
+        return {"frames": self.frames.tolist(), "roi": list(self.roi), "flip": self.flip}
+
+
+def clip_parameters(
+    seed: int,
+    position: int,
+    *,
+    num_frames: int,
+    fps: float,
+    width: int,
+    height: int,
+    clip: ClipOptions,
+    augment: AugmentOptions,
+    training: bool,
+    view: int = 0,
+) -> ClipParameters:
+    """The clip of an item with `num_frames` frames of `width` x `height` pixels at `position`; without `training` nothing is random."""
+    frames = clip_frames(num_frames, fps, clip, key=(seed, position) if training else None)
+    if training:
+        roi, flip = crop_parameters(height, width, augment, seed=seed, position=position, view=view)
+    else:
+        roi, flip = centre_crop(height, width, augment), False
+    return ClipParameters(frames=frames, roi=roi, flip=flip)
+
+
+def clip_frames(num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+    """Frame numbers of a clip, int32 (T,), ascending, each in [0, num_frames).
+
+    num_frames: of the item, at least 1. key: (seed, position) in training, None for evaluation's middle clip.
+    A dense clip that is longer than the item repeats its last frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
+    length = clip.num_frames
+    if clip.sampling == "uniform":
+        steps = np.arange(length, dtype=np.int64) if length > 1 else np.array([1], dtype=np.int64)
+        parts = max(length - 1, 2 if length == 1 else 1)
+        return np.asarray((2 * steps * (num_frames - 1) + parts) // (2 * parts), dtype=np.int32)
+    if clip.sampling == "segment":
+        return _segment_frames(num_frames, length, key)
+    stride = clip.stride if clip.stride_s is None else clip.stride_s * fps
+    offsets = np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
+    free = max(num_frames - int(offsets[-1]), 1)  # starts from which the whole clip fits
+    start = (free - 1) // 2 if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], free)
+    return np.minimum(start + offsets, num_frames - 1).astype(np.int32)
+
+
+def _segment_frames(num_frames: int, length: int, key: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+    """Segment i of T in V frames: uniform in [round(s*i), round(s*(i+1))] with s = (V-1)/T, ends included; evaluation takes the middle.
+
+    The released recipe for Something-Something; rounding is half to even, as `numpy.round` does there.
+    """
+    edges = np.round(np.arange(length + 1) * ((num_frames - 1) / length)).astype(np.int64)
+    if key is None:
+        return ((edges[:-1] + edges[1:]) // 2).astype(np.int32)
+    sizes = (edges[1:] - edges[:-1] + 1).tolist()
+    drawn = words(*key, Purpose.FRAMES, count=length)
+    offsets = [to_int(word, size) for word, size in zip(drawn, sizes, strict=True)]
+    return (edges[:-1] + np.array(offsets, dtype=np.int64)).astype(np.int32)
+
+
+def crop_parameters(height: int, width: int, augment: AugmentOptions, *, seed: int, position: int, view: int = 0) -> tuple[Roi, bool]:
+    """A random resized crop inside height x width pixels, with whole-pixel edges, and whether it is flipped.
+
+    Area is uniform in `augment.area`, aspect log-uniform in `augment.aspect`; after ten boxes that do not fit, the largest centred
+    box whose aspect is in range (Szegedy et al., "Going deeper with convolutions", 2015; constants as in torchvision).
+    """
+    drawn = words(seed, position, Purpose.CROP, view, count=2 * CROP_ATTEMPTS + 3)
+    flip = to_float(drawn[-1]) < augment.flip
+    log_low, log_high = math.log(augment.aspect[0]), math.log(augment.aspect[1])
+    for attempt in range(CROP_ATTEMPTS):
+        area = height * width * to_float(drawn[2 * attempt], *augment.area)
+        aspect = math.exp(to_float(drawn[2 * attempt + 1], log_low, log_high))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            y0, x0 = to_int(drawn[-3], height - box_height + 1), to_int(drawn[-2], width - box_width + 1)
+            return (float(y0), float(x0), float(y0 + box_height), float(x0 + box_width)), flip
+    aspect = min(max(width / height, augment.aspect[0]), augment.aspect[1])
+    return _centred(height, width, max(min(height, round(width / aspect)), 1), max(min(width, round(height * aspect)), 1)), flip
+
+
+def centre_crop(height: int, width: int, augment: AugmentOptions) -> Roi:
+    """The box that equals resizing the shorter side to `augment.eval_resize` and cutting the central `augment.size` square."""
+    side = min(height, width) * augment.size / (augment.eval_resize or augment.size)
+    return _centred(height, width, side, side)
+
+
+def _centred(height: int, width: int, box_height: float, box_width: float) -> Roi:
+    """Edges are exactly representable in float32, so that what is logged is what the graph receives."""
+    y0, x0 = (height - box_height) / 2, (width - box_width) / 2
+    y0, x0, y1, x1 = np.array([y0, x0, y0 + box_height, x0 + box_width], dtype=np.float32).tolist()
+    return y0, x0, y1, x1
+
+
+def substitute(seed: int, position: int, attempt: int, num_rows: int) -> int:
+    """Which of `num_rows` samples replaces the damaged one at `position`, on the given attempt (from 0): an int in [0, num_rows)."""
+    return to_int(words(seed, position, Purpose.SUBSTITUTE, attempt, count=1)[0], num_rows)

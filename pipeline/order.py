@@ -1,0 +1,84 @@
+"""Which sample a training position shows: a pure function of (seed, number of samples, position).
+
+Training is one endless stream of positions. Position p belongs to epoch p div N and shows sample bijection(seed, epoch)(p mod N), so
+every epoch shows each of the N samples once and no permutation is ever stored. The bijection is an alternating Feistel network
+on the smallest power of two that holds N; values that fall outside [0, N) walk along their cycle until they are inside
+("cycle walking"; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Less than two walks are expected.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+ORDER_VERSION = 1  # a run may only resume under the version it started with
+ROUNDS = 8
+
+Words: TypeAlias = npt.NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
+_MASK = (1 << 64) - 1
+
+
+def mix(values: Words) -> Words:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of uint64 whose output bits all depend on all input bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of `num_samples` samples (at least 1) under `seed` (0 to 2^64 - 1). Raises ValueError outside these ranges."""
+
+    seed: int
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= _MASK:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to 2^64 - 1")
+        if not 1 <= self.num_samples < 1 << 62:
+            raise ValueError(f"num_samples: got {self.num_samples}, expected 1 to 2^62 - 1 (is the split empty?)")
+
+    def locate(self, positions: npt.NDArray[np.uint64] | npt.NDArray[np.int64]) -> tuple[Words, Words]:
+        """Where the stream stands at `positions` (any shape, each at least 0).
+
+        Returns (epochs, samples), uint64 of the same shape; samples are in [0, num_samples). Raises ValueError on a negative position.
+        """
+        if positions.dtype.kind not in "iu" or (positions.size and positions.min() < 0):
+            raise ValueError(f"positions: got negative or {positions.dtype} values, expected integers from 0")
+        flat = positions.astype(np.uint64).reshape(-1)
+        epochs, places = np.divmod(flat, np.uint64(self.num_samples))
+        samples = self._permute(epochs, places)
+        return epochs.reshape(positions.shape), samples.reshape(positions.shape)
+
+    def _permute(self, epochs: Words, places: Words) -> Words:
+        keys = self._round_keys(epochs)  # (ROUNDS, n)
+        values = self._feistel(keys, places)
+        outside = np.flatnonzero(values >= self.num_samples)
+        while outside.size:
+            values[outside] = self._feistel(keys[:, outside], values[outside])
+            outside = outside[values[outside] >= self.num_samples]
+        return values
+
+    def _round_keys(self, epochs: Words) -> Words:
+        """One key per round and position; a batch spans few epochs, so each epoch's keys are computed once."""
+        distinct, inverse = np.unique(epochs, return_inverse=True)
+        seeded = mix(np.full(1, (self.seed + _GOLDEN) & _MASK, dtype=np.uint64))
+        rounds = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        keys = mix(mix(seeded ^ distinct)[None, :] + rounds[:, None])
+        return np.asarray(keys[:, inverse.reshape(-1)])
+
+    def _feistel(self, keys: Words, values: Words) -> Words:
+        """Even rounds change the low half by the high half, odd rounds the high by the low: invertible for halves of any widths."""
+        bits = (self.num_samples - 1).bit_length()
+        low_bits, high_bits = np.uint64(bits - bits // 2), np.uint64(bits // 2)
+        low_mask, high_mask = (np.uint64(1) << low_bits) - np.uint64(1), (np.uint64(1) << high_bits) - np.uint64(1)
+        low, high = values & low_mask, values >> low_bits
+        for number, key in enumerate(keys):
+            if number % 2 == 0:
+                low = low ^ (mix(high + key) & low_mask)
+            else:
+                high = high ^ (mix(low + key) & high_mask)
+        return (high << low_bits) | low

@@ -1,0 +1,19 @@
+"""Gangs must be able to import their entries, which lie beside these tests."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = str(Path(__file__).parent)
+sys.path.insert(0, HERE)  # local workers get this process's module path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_path() -> Iterator[None]:
+    """Ray's workers, and drivers that are processes of their own, read it from the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")])))
+        yield

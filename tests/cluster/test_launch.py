@@ -1,0 +1,190 @@
+"""Gangs of real processes: equal results at every size, exact resumption after every kind of death, and nobody left behind."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster import lease
+from cluster.checkpoint import Array, CheckpointStore
+from cluster.errors import ClusterError, LaunchError, TopologyError
+from cluster.launch import launch
+from cluster.metrics import merge_steps, read_metrics
+from cluster.options import LaunchOptions
+
+STEPS = 8
+EVERY = 2
+HERE = Path(__file__).parent
+
+
+def options(workers: int, **changes: object) -> LaunchOptions:
+    values: dict[str, object] = {"launcher": "local", "workers": workers, "cpus_per_worker": 1, "max_restarts": 2, "hang_timeout_s": 60}
+    return LaunchOptions(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def train(
+    run_dir: Path, workers: int, *, misfortunes: Sequence[Mapping[str, object]] = (), **changes: object
+) -> list[Mapping[str, object]]:
+    """Runs the toy to its end; returns the launcher's events."""
+    events: list[Mapping[str, object]] = []
+    payload = {"run_dir": str(run_dir), "steps": STEPS, "every": EVERY, "misfortunes": list(misfortunes)}
+    launch(
+        "toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, options=options(workers, **changes), on_event=events.append
+    )  # fmt: skip
+    return events
+
+
+def final_state(run_dir: Path) -> dict[str, Array]:
+    def damaged(text: str) -> None:
+        raise AssertionError(text)
+
+    found = CheckpointStore(run_dir / "checkpoints", 2).newest(warn=damaged)
+    assert found is not None
+    assert found.step == STEPS
+    return found.load()
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [float(str(event["loss"])) for event in merge_steps(read_metrics(run_dir / "metrics.jsonl"))]
+
+
+def assert_nobody_left(run_dir: Path) -> None:
+    """No worker that any attempt recorded is alive."""
+    recorded = {int(pid) for attempt in lease.read_attempts(run_dir) for pid in attempt["pids"]}  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while True:
+        workers = [
+            process.pid
+            for process in psutil.process_iter(["cmdline", "status"])
+            if process.info["status"] != psutil.STATUS_ZOMBIE and "cluster.worker" in (process.info["cmdline"] or [])
+        ]
+        left = recorded & set(workers)
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    assert train(run_dir, 2) == []
+    assert_nobody_left(run_dir)
+    return run_dir
+
+
+def assert_bit_equal(run_dir: Path, reference: Path) -> None:
+    left, right = final_state(run_dir), final_state(reference)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not np.array_equal(left[name], right[name])] == []
+    assert losses(run_dir) == losses(reference)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_world_size_trains_the_same(uninterrupted: Path, tmp_path: Path, workers: int) -> None:
+    """Promise 5, across world sizes: batch norm and dropout included."""
+    train(tmp_path, workers)
+    assert np.allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
+    left, right = final_state(tmp_path), final_state(uninterrupted)
+    for name, value in left.items():
+        assert np.allclose(value, right[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_deaths_cost_steps_not_exactness(uninterrupted: Path, tmp_path: Path) -> None:
+    """A worker killed between saves, rank 0 killed in the middle of one, and a crash: one after the other, in one run."""
+    misfortunes = [
+        {"attempt": 1, "rank": 1, "step": 5, "kind": "kill"},
+        {"attempt": 2, "rank": 0, "step": 5, "kind": "kill in save"},
+        {"attempt": 3, "rank": 0, "step": 4, "kind": "crash"},
+    ]
+    events = train(tmp_path, 2, misfortunes=misfortunes, max_restarts=3)
+    assert_bit_equal(tmp_path, uninterrupted)
+    assert [(event["event"], event["attempt"]) for event in events] == [("restart", 1), ("restart", 2), ("restart", 3)]
+    reasons = [
+        r"rank 1 \(pid \d+\) was killed by SIGKILL",
+        r"rank 0 \(pid \d+\) was killed by SIGKILL",
+        r"rank 0 .* RuntimeError: the toy crashed",
+    ]
+    assert all(re.fullmatch(reason, str(event["reason"])) for reason, event in zip(reasons, events, strict=True)), events
+    starts = [event["step"] for event in read_metrics(tmp_path / "metrics.jsonl") if event["event"] == "attempt"]
+    assert starts == [0, 4, 4, 4]
+    assert_nobody_left(tmp_path)
+
+
+def test_workers_that_make_no_progress_are_noticed(uninterrupted: Path, tmp_path: Path) -> None:
+    """One is stopped, and its peer waits for it; then one sleeps. Who can still do so leaves its stacks."""
+    misfortunes = [{"attempt": 1, "rank": 1, "step": 5, "kind": "stop"}, {"attempt": 2, "rank": 1, "step": 6, "kind": "hang"}]
+    start = time.monotonic()
+    events = train(tmp_path, 2, misfortunes=misfortunes, hang_timeout_s=10)
+    assert time.monotonic() - start < 90
+    assert len(events) == 2
+    for event, place in zip(events, ["train_step", ""], strict=True):
+        assert "finished no step for 10 s; where its threads were is in " in str(event["reason"])
+        log = Path(str(event["reason"]).rsplit(" ", 1)[1]).read_text()
+        assert place in log
+        assert "most recent call first" in log
+    assert_bit_equal(tmp_path, uninterrupted)
+    assert_nobody_left(tmp_path)
+
+
+def test_an_error_for_the_user_ends_the_launch_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"^the toy's user made a mistake$"):
+        train(tmp_path, 2, misfortunes=[{"attempt": 1, "rank": 1, "step": 2, "kind": "user error"}])
+    assert len(lease.read_attempts(tmp_path)) == 1
+    assert_nobody_left(tmp_path)
+
+
+def test_the_restart_budget_ends_with_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"max_restarts=0 .*rank 1 .*the toy crashed(.|\n)*--- rank-1\.log"):
+        train(tmp_path, 2, misfortunes=[{"attempt": 1, "rank": 1, "step": 1, "kind": "crash"}], max_restarts=0)
+
+
+def test_in_one_process_errors_come_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^the toy crashed$"):
+        train(tmp_path, 1, misfortunes=[{"attempt": 1, "rank": 0, "step": 1, "kind": "crash"}])
+
+
+def test_a_world_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TopologyError, match=r"launch\.workers=3"):
+        train(tmp_path, 3)
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from cluster.launch import launch
+from cluster.options import LaunchOptions
+run_dir = Path(sys.argv[1])
+payload = {"run_dir": str(run_dir), "steps": 8, "every": 2, "pause_s": float(sys.argv[2])}
+options = LaunchOptions(launcher="local", workers=2, cpus_per_worker=1, hang_timeout_s=60)
+launch("toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, options=options, on_event=print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_when_the_driver_ends_its_workers_end_and_the_same_command_resumes(uninterrupted: Path, tmp_path: Path, number: int) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), "0.3"], stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while len(merge_steps(read_metrics(tmp_path / "metrics.jsonl"))) < 4:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        driver.send_signal(number)
+        driver.wait(timeout=5)
+    finally:
+        driver.kill()
+        driver.communicate()
+    assert driver.returncode == (143 if number == signal.SIGTERM else -number)
+    assert_nobody_left(tmp_path)
+    if number == signal.SIGKILL:
+        train(tmp_path, 2)
+        assert_bit_equal(tmp_path, uninterrupted)

@@ -1,0 +1,124 @@
+"""The same promises on a real Ray: a death is survived exactly, an error for the user is not retried, and nobody is left behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster import lease
+from cluster.checkpoint import Array, CheckpointStore
+from cluster.errors import ClusterError, LaunchError
+from cluster.launch import launch
+from cluster.metrics import merge_steps, read_metrics
+from cluster.options import LaunchOptions
+
+STEPS = 8
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's own
+
+
+def train(run_dir: Path, launcher: str, misfortunes: list[dict[str, object]], **changes: object) -> list[Mapping[str, object]]:
+    events: list[Mapping[str, object]] = []
+    values = {"launcher": launcher, "workers": 2, "cpus_per_worker": 1, "max_restarts": 2, "hang_timeout_s": 60, **changes}
+    payload = {"run_dir": str(run_dir), "steps": STEPS, "every": 2, "misfortunes": misfortunes}
+    options = LaunchOptions(**values)  # type: ignore[arg-type]
+    launch("toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, options=options, on_event=events.append)
+    return events
+
+
+def final_state(run_dir: Path) -> dict[str, Array]:
+    found = CheckpointStore(run_dir / "checkpoints", 2).newest(warn=print)
+    assert found is not None
+    assert found.step == STEPS
+    return found.load()
+
+
+@pytest.fixture(scope="module")
+def session(module_path: None) -> Iterator[None]:
+    import ray
+
+    from cluster.ray_session import ensure_ray
+
+    ensure_ray(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("session")
+def test_a_killed_worker_is_replaced_and_weights_equal_an_uninterrupted_local_run(tmp_path: Path) -> None:
+    train(tmp_path / "local", "local", [])
+    events = train(tmp_path / "ray", "ray", [{"attempt": 1, "rank": 1, "step": 5, "kind": "kill"}])
+    assert [(event["event"], event["attempt"], event["reason"]) for event in events] == [("restart", 1, "the process of rank 1 died")]
+    left, right = final_state(tmp_path / "ray"), final_state(tmp_path / "local")
+    assert [name for name in left if not np.array_equal(left[name], right[name])] == []
+    starts = [event["step"] for event in read_metrics(tmp_path / "ray" / "metrics.jsonl") if event["event"] == "attempt"]
+    assert starts == [0, 4]
+    logs = sorted(path.relative_to(tmp_path / "ray" / "logs").as_posix() for path in (tmp_path / "ray" / "logs").rglob("*.log"))
+    assert logs == [f"launch-0001/gang-000{gang}/rank-{rank}.log" for gang in (1, 2) for rank in (0, 1)]
+
+
+@pytest.mark.usefixtures("session")
+def test_an_error_for_the_user_ends_the_launch_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"^the toy's user made a mistake$"):
+        train(tmp_path, "ray", [{"attempt": 1, "rank": 1, "step": 2, "kind": "user error"}])
+    assert len(lease.read_attempts(tmp_path)) == 1
+
+
+@pytest.mark.usefixtures("session")
+def test_more_workers_than_fit_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"launch\.workers=4 with 1 CPUs each do not fit .* 2 CPUs"):
+        train(tmp_path, "ray", [], workers=4)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from cluster.launch import launch
+from cluster.options import LaunchOptions
+run_dir = Path(sys.argv[1])
+payload = {"run_dir": str(run_dir), "steps": 200, "every": 2, "pause_s": 0.2}
+options = LaunchOptions(launcher="ray", workers=2, cpus_per_worker=1)
+launch("toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, options=options, on_event=print)
+"""
+
+
+# Ray's agents, which hold no lock and no port of ours, look for their raylet only now and then: up to 40 s after a SIGKILL.
+LEISURELY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_when_the_driver_ends_nothing_of_its_cluster_is_left(tmp_path: Path, number: int) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(merge_steps(read_metrics(tmp_path / "metrics.jsonl"))) < 3:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        started = [process.pid for process in psutil.Process(driver.pid).children(recursive=True)]
+        workers = lease.read_attempts(tmp_path)[0]["pids"]
+        driver.send_signal(number)
+        driver.wait(timeout=20)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert isinstance(workers, list)
+    assert set(workers) <= set(started)
+    deadline = time.monotonic() + 15
+    while left := [name for name in map(_name, started) if name and not name.startswith(LEISURELY)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _name(pid: int) -> str:
+    """The command line of a process; "" when it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -1,0 +1,162 @@
+"""Entries for gangs in tests: a small real training with batch norm and dropout, whose data is a function of step and micro-batch."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cluster import lease
+from cluster.checkpoint import CheckpointStore
+from cluster.engine import Engine
+from cluster.errors import ClusterError
+from cluster.metrics import MetricsWriter
+from cluster.options import EngineOptions, OptimizerOptions
+from cluster.topology import Worker, micro_batches_of
+from cluster.worker import agree, heartbeat
+
+NUM_MICRO_BATCHES = 4
+OPTIMIZER = OptimizerOptions(lr=1e-2, warmup=0.2, clip_grad=1.0)
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(6 * 36, 7))
+
+
+def batch(step: int, micro: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + micro)
+    labels = torch.randint(0, 7, (4,), generator=generator)
+    return torch.randn(4, 3, 8, 8, generator=generator) + labels.view(4, 1, 1, 1), labels
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def build_engine(worker: Worker, *, total_steps: int, zero: int = 0, precision: str = "fp32") -> Engine:
+    return Engine(
+        build_model(),
+        optimizer=OPTIMIZER,
+        options=EngineOptions(precision=precision, zero_stage=zero),  # type: ignore[arg-type]
+        total_steps=total_steps,
+        num_micro_batches=NUM_MICRO_BATCHES,
+        worker=worker,
+        seed=11,
+    )
+
+
+def train(payload: Mapping[str, object], worker: Worker) -> None:
+    """payload: run_dir, steps, every, zero; misfortunes: list of {attempt, rank, step, kind}, in which a rank comes to grief."""
+    run_dir, steps, every = Path(str(payload["run_dir"])), int(str(payload["steps"])), int(str(payload["every"]))
+    store = CheckpointStore(run_dir / "checkpoints", keep=2)
+    newest = store.newest({"toy": 1}, warn=print) if worker.rank == 0 else None
+    number = agree(newest.number if newest else 0)
+    found = store.at(number) if number else None
+    engine = build_engine(worker, total_steps=steps, zero=int(str(payload.get("zero", 0))))
+    if found:
+        engine.restore(found.load())
+    fence = partial(lease.check, run_dir, worker.attempt)
+    with MetricsWriter(run_dir / "metrics.jsonl", worker.attempt) as metrics:
+        if worker.rank == 0:
+            metrics.write("attempt", step=found.step if found else 0, world_size=worker.world_size)
+        for step in range(found.step if found else 0, steps):
+            for told in payload.get("misfortunes", ()):  # type: ignore[attr-defined]
+                _misfortune(told, worker, step)
+            mine = micro_batches_of(worker.rank, worker.world_size, NUM_MICRO_BATCHES)
+            result = engine.train_step(step, ((micro, batch(step, micro)) for micro in mine), loss)
+            heartbeat()
+            time.sleep(float(str(payload.get("pause_s", 0))))
+            if worker.rank == 0:
+                metrics.write("step", step=step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr)
+            if (step + 1) % every == 0 or step + 1 == steps:
+                tensors = engine.state()
+                if worker.rank == 0:
+                    store.save_in_background(step + 1, tensors, {"toy": 1}, fence=fence)
+        store.wait()
+
+
+def _misfortune(told: Mapping[str, object], worker: Worker, step: int) -> None:
+    if (told["attempt"], told["rank"], told["step"]) != (worker.attempt, worker.rank, step):
+        return
+    match told["kind"]:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "kill in save":
+            _kill_at_rename()
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "hang":
+            time.sleep(3600)
+        case "crash":
+            raise RuntimeError("the toy crashed")
+        case "user error":
+            raise ClusterError("the toy's user made a mistake")
+
+
+def _kill_at_rename() -> None:
+    """The next save is killed between its data and its manifest."""
+
+    def killed(source: object, target: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killed  # type: ignore[assignment]
+
+
+def matrix(payload: Mapping[str, object], worker: Worker) -> None:
+    """Saves at every ZeRO stage, before and after steps, and restores at every stage; rank 0 writes what differed, per pair."""
+    from torch import equal, from_numpy
+
+    problems: list[str] = []
+    states = {}
+    for stage in range(4):
+        engine = build_engine(worker, total_steps=6, zero=stage)
+        _steps(engine, worker, range(2))
+        states[stage] = _everywhere(engine)
+    for saved, state in states.items():
+        for stage in range(4):
+            for warmed in (False, True):
+                engine = build_engine(worker, total_steps=6, zero=stage)
+                if warmed:
+                    _steps(engine, worker, range(1))
+                engine.restore(state)
+                again = _everywhere(engine)
+                for name in state:
+                    if not equal(from_numpy(state[name]), from_numpy(again[name])):
+                        problems.append(f"{saved} -> {stage} (warmed {warmed}): {name}")
+            losses = _steps(engine, worker, range(2, 4))
+            if saved == 0 and stage == 0:
+                expected = losses
+            if any(abs(a - b) > 1e-5 for a, b in zip(losses, expected, strict=True)):
+                problems.append(f"{saved} -> {stage}: losses {losses} instead of {expected}")
+            heartbeat()
+    if worker.rank == 0:
+        Path(str(payload["result"])).write_text(json.dumps(problems), encoding="utf-8")
+
+
+def _steps(engine: Engine, worker: Worker, steps: range) -> list[float]:
+    mine = micro_batches_of(worker.rank, worker.world_size, NUM_MICRO_BATCHES)
+    return [engine.train_step(step, ((micro, batch(step, micro)) for micro in mine), loss).loss for step in steps]
+
+
+def _everywhere(engine: Engine):  # type: ignore[no-untyped-def]
+    """The engine's state on every rank."""
+    import torch.distributed as dist
+
+    state = engine.state()
+    names = [*(f"{key}.{name}" for name, parameter in engine.model.named_parameters() for key in ("model", "exp_avg", "exp_avg_sq"))]
+    names += [f"buffer.{name}" for name, _ in engine.model.named_buffers()] + ["optimizer.step"]
+    shapes = {f"{key}.{name}": shape for name, shape in engine._shapes.items() for key in ("model", "exp_avg", "exp_avg_sq")}
+    shapes |= {f"buffer.{name}": tuple(buffer.shape) for name, buffer in engine.model.named_buffers()} | {"optimizer.step": ()}
+    found = {}
+    for name in names:
+        whole = name.endswith("num_batches_tracked") or name == "optimizer.step"
+        tensor = torch.from_numpy(state[name]) if state else torch.empty(shapes[name], dtype=torch.int64 if whole else torch.float32)
+        dist.broadcast(tensor, 0)
+        found[name] = tensor.numpy()
+    return found
