@@ -1,0 +1,56 @@
+"""Windows: cutting a stage's token grid into the squares that PoSGU relates, for any grid.
+
+A stage puts its tokens into *window order* once, (B, T, windows, tokens of a window), and back at its end; nothing in
+between depends on where a window lies. Where the released model runs, the window divides the grid and this is its
+partition. Elsewhere windows shrink to be as even as they go and the rest is padding, which no real token ever sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.presets import split_windows
+
+
+@dataclass(frozen=True, slots=True)
+class WindowGrid:
+    """The windows of a (height, width) grid, padded below and to the right, cropped on the way back.
+
+    rows, columns: windows down and across; sides: (height, width) of each; real: (windows, tokens of a window) of 1 and 0
+    where a token is padding, or None where there is no padding.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    sides: tuple[int, int]
+    real: Tensor | None = None
+
+    @classmethod
+    def of(cls, height: int, width: int, window: int, device: torch.device | None = None) -> "WindowGrid":
+        """Windows of at most ``window`` tokens a side over a grid, as :func:`model.presets.split_windows` says."""
+        (rows, side_y), (columns, side_x) = split_windows(height, window), split_windows(width, window)
+        grid = cls(height, width, rows, columns, (side_y, side_x))
+        if (rows * side_y, columns * side_x) == (height, width):
+            return grid
+        real = grid.partition(torch.ones(1, 1, height, width, 1, device=device))[0, 0, :, :, 0]
+        return cls(height, width, rows, columns, (side_y, side_x), real)
+
+    def partition(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, D) to (B, T, windows, tokens of a window, D); padding is zero."""
+        below, right = self.rows * self.sides[0] - self.height, self.columns * self.sides[1] - self.width
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        batch, frames, _, _, channels = x.shape
+        x = x.reshape(batch, frames, self.rows, self.sides[0], self.columns, self.sides[1], channels).transpose(3, 4)
+        return x.reshape(batch, frames, self.rows * self.columns, self.sides[0] * self.sides[1], channels)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`partition`, padding cropped away; contiguous (B, T, H, W, D)."""
+        batch, frames, _, _, channels = x.shape
+        x = x.view(batch, frames, self.rows, self.columns, *self.sides, channels).transpose(3, 4)
+        x = x.reshape(batch, frames, self.rows * self.sides[0], self.columns * self.sides[1], channels)
+        return x[:, :, : self.height, : self.width].contiguous()

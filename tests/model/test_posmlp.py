@@ -1,0 +1,203 @@
+"""The built network: its numbers, its uses in training, and its refusals."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from model.errors import ModelError
+from model.posmlp import PosMLPVideo
+from model.presets import PRESETS, ModelConfig, count_macs, count_parameters, split_windows
+from tests.model.reference import randomise, relative_error
+
+DEEP = (4, 6, 15, 4)
+WIDE = (96, 192, 384, 768)
+TABLE = [  # configuration, frames, parameters in M, GMACs: model.md, the released S16 in the first rows
+    ({}, 8, 13.50, 19.98),
+    ({}, 16, 13.510, 40.17),
+    ({}, 32, 13.53, 81.22),
+    ({"depths": DEEP}, 16, 18.98, 58.49),
+    ({"widths": WIDE}, 16, 23.69, 68.82),
+    ({"widths": WIDE, "depths": DEEP}, 32, 33.29, 202.09),
+    ({"preset": "posmlp_b"}, 16, 35.25, 115.72),
+    ({"preset": "posmlp_b"}, 32, 35.27, 233.37),
+]
+VARIANTS = [
+    {"block": "parallel"},
+    {"block": "temporal_spatial"},
+    {"block": "spatial_temporal"},
+    {"block": "joint"},
+    {"version": "v2"},
+    {"version": "v3"},
+    {"version": "v4"},
+    {"stem": "3d"},
+    {"expansion": 4},
+    {"version": "v2", "expansion": 4},
+]
+
+
+def _clips(model: PosMLPVideo, batch: int = 1, size: tuple[int, int] | None = None, seed: int = 0) -> torch.Tensor:
+    shape = (batch, model.config.in_channels, model.config.num_frames, *(size or model.config.input_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _tiny(**fields: object) -> PosMLPVideo:
+    torch.manual_seed(0)
+    return PosMLPVideo(ModelConfig(**{"preset": "posmlp_tiny", "num_frames": 4, "input_size": 64, **fields}))
+
+
+@pytest.mark.parametrize(("fields", "frames", "millions", "gmacs"), TABLE)
+def test_the_specification_s_numbers(fields: dict[str, object], frames: int, millions: float, gmacs: float) -> None:
+    config = ModelConfig(num_frames=frames, **fields).resolve()
+    with torch.device("meta"):
+        model = PosMLPVideo(config)
+    built = sum(p.numel() for p in model.parameters())
+    assert built == count_parameters(config)
+    assert built / 1e6 == pytest.approx(millions, abs=0.0051)
+    assert count_macs(config) / 1e9 == pytest.approx(gmacs, abs=0.0051)
+
+
+@pytest.mark.parametrize("fields", [*VARIANTS, {"input_size": (96, 80)}, {"input_size": (100, 75), "windows": (5, 3, 2, 2)}])
+def test_closed_forms_count_what_the_built_model_does(fields: dict[str, object]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _tiny(**fields).eval()
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(model.config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(_clips(model))
+    assert counter.get_total_flops() == 2 * count_macs(model.config)
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_every_variant_trains_every_parameter(fields: dict[str, object]) -> None:
+    model = _tiny(dictionary_init="trunc_normal", drop_path=0.1, **fields)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(_clips(model, batch=2))
+    logits.float().logsumexp(1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("size", [(32, 32), (112, 112), (64, 96), (75, 100)])
+def test_any_input_size_runs_and_depends_on_all_of_it(size: tuple[int, int]) -> None:
+    model = _tiny(num_frames=2).eval()
+    randomise(model, 1)
+    clips = _clips(model, size=size).requires_grad_(True)
+    logits = model(clips)
+    logits.sum().backward()
+    assert logits.shape == (1, 10)
+    assert [tuple(m.shape[1:4]) for m in model.forward_stages(clips)] == [(2, -(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)]
+    assert clips.grad is not None
+    assert (clips.grad.abs().amax(dim=(0, 1, 2)) > 0).all()
+
+
+def test_checkpointing_changes_memory_not_numbers() -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = _tiny(dictionary_init="trunc_normal", drop_path=0.5, activation_checkpointing=recompute)
+        torch.manual_seed(11)  # as a trainer does before each micro-batch
+        model(_clips(model, batch=2)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_inference_mode_first_leaves_training_possible() -> None:
+    model = _tiny(dictionary_init="trunc_normal")
+    with torch.inference_mode():
+        before = model(_clips(model))
+    model(_clips(model)).sum().backward()
+    assert before.shape == (1, 10)
+
+
+def test_names_for_the_optimizer() -> None:
+    model = _tiny()
+    spared = model.no_weight_decay()
+    assert spared == {name for name, p in model.named_parameters() if p.ndim == 1}
+    more = PosMLPVideo(replace(model.config, decay_dictionaries=False)).no_weight_decay() - spared
+    assert more
+    assert all(name.endswith(("bias_table", "n_bias")) for name in more)
+    ids = [model.layer_id(name) for name, _ in model.named_parameters()]
+    assert ids == sorted(ids)
+    assert set(ids) == set(range(model.num_layers))
+    with pytest.raises(ModelError, match="layer_id"):
+        model.layer_id("backbone.0")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 4, 3, 64, 64), torch.float32, "looks like"),
+        ((3, 4, 64, 64), torch.float32, "expected"),
+        ((1, 3, 4, 64, 64), torch.uint8, "normalise"),
+        ((1, 3, 5, 64, 64), torch.float32, "num_frames: 5"),
+        ((1, 3, 4, 31, 64), torch.float32, "at least 32"),
+        ((0, 3, 4, 64, 64), torch.float32, "empty"),
+    ],
+)
+def test_clips_that_do_not_fit_are_refused(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        _tiny()(torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "posmlp_S"}, "nearest: posmlp_s"),
+        ({"widths": (8, 16, 32)}, "widths: got .* four stages"),
+        ({"windows": (0, 1, 1, 1)}, "windows: got 0"),
+        ({"expansion": 3}, "expansion: got 3, expected one of 2, 4"),
+        ({"block": "serial"}, "block: got 'serial'"),
+        ({"drop_path": 1.5}, "drop_path"),
+        ({"num_frames": 2.0}, "num_frames"),
+        ({"input_size": (64, 64, 64)}, "input_size"),
+    ],
+)
+def test_a_wrong_field_is_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": (5, 16, 32, 64)}, "groups: got 5 in stage 1.*divisor of 24"),
+        ({"version": "v3", "block": "joint"}, "version: got 'v3'"),
+        ({"widths": (25, 48, 96, 192), "groups": (5, 16, 32, 64)}, "even first width"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(preset="posmlp_tiny", **fields).resolve()
+
+
+def test_a_recipe_section_is_strict_and_takes_yaml_lists() -> None:
+    adapter = TypeAdapter(ModelConfig)
+    config = adapter.validate_python({"preset": "posmlp_tiny", "widths": [48, 96, 192, 384], "input_size": [112, 96]})
+    assert config == ModelConfig(preset="posmlp_tiny", widths=(48, 96, 192, 384), input_size=(112, 96))
+    assert hash(config) == hash(replace(config))
+    with pytest.raises(ValidationError, match="width"):
+        adapter.validate_python({"width": [48, 96, 192, 384]})
+
+
+def test_presets_are_pure_and_resolve_to_themselves() -> None:
+    for name, preset in PRESETS.items():
+        assert ModelConfig(preset=name).resolve() == preset
+    assert split_windows(56, 14) == (4, 14)
+    assert split_windows(64, 14) == (5, 13)
+    code = "import sys, model.presets, model.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_v1_to_v4_differ() -> None:
+    clips = None
+    seen = []
+    for version in ("v1", "v2", "v3", "v4"):
+        model = _tiny(version=version).eval()
+        randomise(model, 0)
+        clips = _clips(model) if clips is None else clips
+        seen.append(model(clips))
+    assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
