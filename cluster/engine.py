@@ -130,7 +130,6 @@ class Engine:
         self._batch_norm.begin()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         done = 0
-        norm = 0.0
         for done, (micro, batch) in enumerate(batches, start=1):
             if done > len(self._micro_batches) or micro != self._micro_batches[done - 1]:
                 raise ValueError(f"step {step}: micro-batch {micro} came as number {done} of {list(self._micro_batches)}")

@@ -59,8 +59,10 @@ def launch(
         user_errors=tuple(f"{error.__module__}:{error.__qualname__}" for error in user_errors),
     )
     if options.launcher == "ray":
+        from cluster.ray_session import ensure_ray
         from cluster.ray_train import run_on_ray  # Ray takes a second to import
 
+        ensure_ray()  # takes SIGTERM over, so before we do
         with _sigterm_exits():
             run_on_ray(job, num_micro_batches=num_micro_batches, options=options, on_event=on_event)
         return

@@ -25,7 +25,6 @@ from cluster import lease
 from cluster.errors import ClusterError, LaunchError
 from cluster.job import Job, Place, hung, next_folder, worker_environment
 from cluster.options import LaunchOptions
-from cluster.ray_session import ensure_ray
 from cluster.topology import check_world_size, largest_world_size
 
 RESTARTS = "restarts.jsonl"
@@ -57,11 +56,10 @@ LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 
 
 def run_on_ray(job: Job, *, num_micro_batches: int, options: LaunchOptions, on_event: Callable[[Mapping[str, object]], None]) -> None:
-    """Runs the job in a gang of fixed size on the Ray cluster that RAY_ADDRESS names, else on a private one.
+    """Runs the job in a gang of fixed size on the Ray cluster to which this process is connected.
 
     on_event is called in another thread. Raises as `launch` does; when interrupted, ends the workers first.
     """
-    ensure_ray()
     workers, scaling = _size(num_micro_batches, options)
     trainer = _Trainer(
         _work,
@@ -137,9 +135,9 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
 
     def end(self) -> None:
         """Ends the run if it runs: the workers belong to the controller and die with it."""
-        if self._controller is not None:
-            ray.kill(self._controller)
-            self._controller = None
+        controller, self._controller = self._controller, None
+        if controller is not None:
+            ray.kill(controller)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()
@@ -217,7 +215,7 @@ def _work(config: dict[str, object]) -> None:
         raise TypeError(raw)
     job = Job(**raw)
     local = context.get_local_world_size()
-    threads = int(str(config["threads"])) or max(1, (os.cpu_count() or 1) // local)
+    threads = int(str(config["threads"])) or max(1, len(os.sched_getaffinity(0)) // local)
     alone = local == context.get_world_size()  # a gang on one machine has no business on the network
     address = "127.0.0.1" if alone else ray.util.get_node_ip_address()
     interface = _interface(address)

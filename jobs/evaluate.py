@@ -168,17 +168,18 @@ def judge(batch: "Batch", logits: "torch.Tensor") -> list[dict[str, object]]:
     """One record per real video of a batch: its row, truth, best classes with scores, and why it failed if it did."""
     failed = {damage.position: damage.reason for damage in batch.damaged}
     scores, best = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
-    return [
-        {
+    records: dict[int, dict[str, object]] = {}
+    for i, position in enumerate(batch.positions.tolist()):
+        if position in records or not (batch.valid[i] or position in failed):
+            continue  # a slot that only fills up
+        records[position] = {
             "key": batch.keys[i],
             "label": int(batch.labels[i]),
             "top": best[i].tolist(),
             "scores": [round(score, 6) for score in scores[i].tolist()],
-            "failed": failed.get(int(batch.positions[i])),
+            "failed": failed.get(position),
         }
-        for i in range(len(batch.keys))
-        if batch.valid[i]
-    ]
+    return list(records.values())
 
 
 def merge(parts: Path, dataset: Dataset, rows: npt.NDArray[np.uint32]) -> list[dict[str, object]]:

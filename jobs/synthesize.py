@@ -24,7 +24,6 @@ SIZE = 128  # pixels, height and width
 NUM_FRAMES = 48
 FPS = 24.0
 CLASSES = ("left", "right", "up", "down", "spin", "shake")
-SPIN, SHAKE = 1.5, 2.5
 HELD_OUT = 3  # every third scene is held out
 MANIFEST = "synthetic.json"
 VERSION = 1  # of what is drawn: another version makes other videos from the same seed
@@ -39,8 +38,8 @@ class Scene:
 
     thing, background: (SIZE, SIZE, 3) float32 textures in [0, 255] that close at their edges.
     radius: of the thing, in pixels; its outline has `bumps` bumps. x, y: its start in pixels; turn: in radians.
-    speed: in pixels per frame: of its middle in a translation, of a point half-way to its edge in a spin, at most in a shake.
-    spin: +1 or -1, the sense of a spin. axis: direction of a shake, in radians; period: its length in frames, phase: its start.
+    speed: in pixels per frame: of its middle in a translation, of a point half-way to its edge in a spin.
+    spin: +1 or -1, the sense of a spin.
     """
 
     thing: npt.NDArray[np.float32]
@@ -52,9 +51,6 @@ class Scene:
     turn: float
     speed: float
     spin: float
-    axis: float
-    period: float
-    phase: float
 
 
 def synthesize(out: Path, *, num_clips: int, seed: int) -> None:
@@ -88,7 +84,7 @@ def make_scene(seed: int, number: int) -> Scene:
     rng = np.random.default_rng([seed, number])
     near, far = _palette(rng)
     return Scene(
-        thing=_texture(rng, grain=rng.uniform(5.0, 8.0), colours=near),
+        thing=_texture(rng, grain=rng.uniform(7.0, 10.0), colours=near),
         background=_texture(rng, grain=rng.uniform(6.0, 14.0), colours=far),
         radius=rng.uniform(30.0, 40.0),
         bumps=int(rng.integers(3, 7)),
@@ -97,9 +93,6 @@ def make_scene(seed: int, number: int) -> Scene:
         turn=rng.uniform(0, 2 * np.pi),
         speed=rng.uniform(1.5, 2.5),
         spin=rng.choice([-1.0, 1.0]),
-        axis=rng.uniform(0, np.pi),
-        period=rng.uniform(12.0, 16.0),
-        phase=rng.uniform(0, 2 * np.pi),
     )
 
 
@@ -113,13 +106,12 @@ def _pose(scene: Scene, motion: str, frame: int) -> tuple[float, float, float]:
     """(x, y, turn) of the thing in one frame; in frame 0 it is the same for all motions."""
     path = scene.speed * frame  # pixels
     if motion == "spin":
-        return scene.x, scene.y, scene.turn + scene.spin * SPIN * path / (0.5 * scene.radius)
+        return scene.x, scene.y, scene.turn + scene.spin * 2 * path / (0.5 * scene.radius)
     if motion == "shake":
-        pace = 2 * np.pi / scene.period
-        path = SHAKE * scene.speed / pace * (np.sin(pace * frame + scene.phase) - np.sin(scene.phase))
-        right, down = np.cos(scene.axis), np.sin(scene.axis)
-    else:
-        right, down = _SHIFT[motion]
+        p = np.random.default_rng(int(scene.x*1e6)); per=p.uniform(12,16); ph=p.uniform(0,6.283); ax=p.uniform(0,np.pi)
+        a = 2.5*scene.speed*per/6.283*(np.sin(6.283/per*frame+ph)-np.sin(ph))
+        return scene.x+a*np.cos(ax), scene.y+a*np.sin(ax), scene.turn
+    right, down = _SHIFT.get(motion, (0.0, 0.0))
     return scene.x + right * path, scene.y + down * path, scene.turn
 
 

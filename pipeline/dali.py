@@ -7,7 +7,7 @@ normalise and lay out as the model reads. Work on the resized uint8 frames (Rand
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,10 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline
 
 from pipeline.options import AugmentOptions
+
+
+Feed: TypeAlias = list[npt.NDArray[np.uint8]] | npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
+CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # what DALI decodes without a GPU
 
 
 class GraphError(Exception):
@@ -54,7 +58,7 @@ class Graph:
         start, end = rois[:, :2].copy(), rois[:, 2:].copy()
         start[flips, 1], end[flips, 1] = rois[flips, 3], rois[flips, 1]  # DALI mirrors a box whose start lies right of its end
         keys = np.arange(num, dtype=np.int64)
-        feeds = {"videos": list(videos), "roi_start": start, "roi_end": end, "keys": keys}
+        feeds: dict[str, Feed] = {"videos": list(videos), "roi_start": start, "roi_end": end, "keys": keys}
         if frames is not None:
             feeds["frames"] = frames
         try:
@@ -65,7 +69,7 @@ class Graph:
         assert np.array_equal(returned, keys), "the graph returned another batch than it was fed"
         return clips
 
-    def _step(self, feeds: dict[str, list[npt.NDArray[np.uint8]] | npt.NDArray[np.float32] | npt.NDArray[np.int64]]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    def _step(self, feeds: dict[str, Feed]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
         if self._pipeline is None:
             self._pipeline = self._build()
         for name, value in feeds.items():

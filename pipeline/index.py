@@ -8,6 +8,7 @@ byte range of the video member and its CRC-32, so that a reader needs no tar lib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.durable import committed
 from pipeline.errors import DatasetError
 
 FORMAT_VERSION = 1
@@ -188,3 +190,15 @@ class Dataset:
 def index_schema(split_columns: list[str]) -> pa.Schema:
     """The columns of `index.arrow`, in order; one more int8 column per split column."""
     return pa.schema([*COLUMNS, *(pa.field(SPLIT_PREFIX + name, pa.int8(), nullable=False) for name in split_columns)])
+
+
+def write_index(path: Path, tables: Iterable[pa.Table]) -> tuple[str, int]:
+    """Writes rows, in the order given, as one uncompressed record batch (so that columns map without a copy).
+
+    tables: of `index_schema`. Returns the file's SHA-256 and size in bytes; the file appears whole or not at all.
+    """
+    whole = pa.concat_tables(tables).combine_chunks()
+    with committed(path) as file, pa.ipc.new_file(file, whole.schema.remove_metadata()) as writer:
+        writer.write_table(whole.replace_schema_metadata(None))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size

@@ -115,9 +115,10 @@ def clip_frames(num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[in
         raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
     length = clip.num_frames
     if clip.sampling == "uniform":
-        steps = np.arange(length, dtype=np.int64) if length > 1 else np.array([1], dtype=np.int64)
-        parts = max(length - 1, 2 if length == 1 else 1)
-        return np.asarray((2 * steps * (num_frames - 1) + parts) // (2 * parts), dtype=np.int32)
+        if length == 1:
+            return np.array([(num_frames - 1) // 2], dtype=np.int32)
+        gaps = length - 1  # frame i is i/gaps of the way to the last one, rounded half up
+        return np.array([(2 * i * (num_frames - 1) + gaps) // (2 * gaps) for i in range(length)], dtype=np.int32)
     if clip.sampling == "segment":
         return _segment_frames(num_frames, length, key)
     stride = clip.stride if clip.stride_s is None else clip.stride_s * fps

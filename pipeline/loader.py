@@ -1,14 +1,14 @@
 """Requests in, batches out: reads and checks bytes, decodes, augments, and hands over batches in the order they were asked for.
 
-A pool of threads reads and decodes samples (both release the interpreter lock); one more thread keeps the graph running and a few
-finished batches ready. How much waits is bounded in bytes of decoded frames. Nothing here decides what is loaded: threads, prefetch
-and world size change when a batch is ready, never what is in it.
+A pool of threads reads and decodes samples (both release the interpreter lock); one more thread keeps micro-batches in flight, runs
+the graph and queues what is finished. How much is in flight is bounded in bytes. Nothing here decides what is loaded: threads,
+prefetch and world size change when a batch is ready, never what is in it.
 """
 
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,21 +19,20 @@ import numpy.typing as npt
 import torch
 
 from pipeline import keyed, software_decode
-from pipeline.dali import Graph, GraphError
+from pipeline.dali import CPU_CODECS, Graph, GraphError
 from pipeline.errors import BudgetError, DecodeError, PipelineError, SampleError
 from pipeline.index import Dataset, Item
 from pipeline.keyed import ClipParameters
 from pipeline.options import AugmentOptions, ClipOptions, LoaderOptions
+from pipeline.prefetch import Buffers, Room
 from pipeline.reader import Reader
 from pipeline.requests import MicroBatchRequest, Planner
 
-DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # what DALI decodes without a GPU
 SUBSTITUTES = 8  # draws before a position is given up
-READY = 2  # finished batches that wait for the model
 BUDGET_FLOOR = 1000  # samples over which the share of damaged ones is measured at least
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
-_FINISHED = object()
+Decoder: TypeAlias = Literal["pyav", "dali"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +50,9 @@ class Damage:
 class Batch:
     """One micro-batch of B clips, on the loader's device.
 
-    clips: float32 (B, 3, T, size, size), normalised, contiguous. labels: int64 (B,). keys: of what is in `clips`, substitutes included.
-    positions: int64 (B,), parameters: B, valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch.
+    clips: float32 (B, 3, T, size, size), normalised, contiguous; zero where the slot is not valid or, in evaluation, damaged.
+    labels: int64 (B,). keys: of what is in `clips`, substitutes included. positions: int64 (B,), parameters: B (of the substitutes where
+    there are any), valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch.
     """
 
     clips: torch.Tensor
@@ -68,42 +68,42 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Sample:
-    """A loaded sample. data: decoded frames (T, H, W, 3), or an encoded file (bytes,); None where it is damaged and not replaced."""
+    """A slot of a micro-batch. data: decoded frames (T, H, W, 3), or an encoded file (bytes,), or None where there is nothing to show.
+
+    errors: of the samples that stood here before, the requested one first.
+    """
 
     item: Item
+    position: int
     parameters: ClipParameters
     data: Frames | None
-    damage: Damage | None
+    errors: tuple[SampleError, ...] = ()
 
 
-class _Buffers:
-    """Frame buffers to use again: a fresh one costs a page fault for each of its pages."""
+_InFlight: TypeAlias = tuple[MicroBatchRequest, list[Future[_Sample]], int]
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], list[Frames]] = {}
-        self._lock = threading.Lock()
 
-    def take(self, shape: tuple[int, ...]) -> Frames:
-        with self._lock:
-            free = self._free.get(shape)
-            if free:
-                return free.pop()
-        return np.empty(shape, dtype=np.uint8)
+def choose_decoder(decode: Literal["auto", "nvdec", "cpu"], device: str) -> Decoder:
+    """What `loader.decode` means on a torch device: PyAV on the CPU, or DALI. Raises PipelineError for nvdec without a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    if decode == "nvdec" and not on_gpu:
+        raise PipelineError(f"loader.decode=nvdec needs a GPU, but this rank runs on {device}. Set loader.decode=auto or cpu.")
+    return "dali" if on_gpu and decode != "cpu" else "pyav"
 
-    def give(self, buffer: Frames) -> None:
-        with self._lock:
-            if buffer.shape not in self._free and len(self._free) >= 64:
-                self._free.clear()  # a dataset of very many sizes must not keep a buffer of each
-            self._free.setdefault(buffer.shape, []).append(buffer)
+
+def over_budget(damaged: int, seen: int, max_damaged: float) -> bool:
+    """Whether `damaged` of `seen` samples exceed the share `max_damaged`; a single one never does."""
+    return damaged > max(1.0, max_damaged * max(seen, BUDGET_FLOOR))
 
 
 class Loader:
-    """Iterates over the batches of `requests`, in their order. Use it in a `with` statement: it holds threads and open shards.
+    """Iterates once over the batches of `requests`, in their order. Use it in a `with` statement: it holds threads and open shards.
 
     micro_batch: B, the most samples of a request. threads: of decoding, at least 1 (options.threads wins unless 0). device: where
     batches are delivered, "cpu" or "cuda:<index>". on_damage: "substitute" (training) replaces a damaged sample by another of the
-    request's pool, drawn by (seed, position), and raises BudgetError past the budget; "report" (evaluation) leaves zeros in its place.
-    Raises what reading and decoding raise, PipelineError when the device has no decoder that was asked for.
+    request's pool, drawn by (seed, position, attempt), and raises BudgetError past the budget; "report" (evaluation) leaves zeros in
+    its place. decoder: instead of what `options.decode` says; "dali" without a GPU decodes VP8, VP9 and MJPEG only.
+    Iterating raises what reading and decoding raise, PipelineError when the device has no decoder that was asked for.
     """
 
     def __init__(
@@ -118,139 +118,145 @@ class Loader:
         threads: int,
         device: str = "cpu",
         on_damage: Literal["substitute", "report"],
+        decoder: Decoder | None = None,
     ) -> None:
-        self._dataset, self._requests = dataset, iter(requests)
+        self._dataset, self._requests = dataset, requests
         self._clip, self._augment, self._options = clip, augment, options
-        self._substitute = on_damage == "substitute"
-        self._device = torch.device(device)
-        self._on_gpu = self._device.type == "cuda" and options.decode != "cpu"
-        if options.decode == "nvdec" and not self._on_gpu:
-            raise PipelineError(f"loader.decode=nvdec needs a GPU, but this rank runs on {device}. Set loader.decode=auto or cpu.")
-        self._planner = Planner(dataset=dataset, clip=clip, augment=augment)
-        self._reader, self._buffers = Reader(dataset.root), _Buffers()
+        self._substitute, self._device = on_damage == "substitute", torch.device(device)
+        self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
+        self._planner = Planner(dataset, clip, augment)
+        self._reader, self._buffers = Reader(dataset.root), Buffers()
         num_threads = options.threads or threads
-        device_id = (self._device.index or 0) if self._device.type == "cuda" else None
-        self._graphs = {
-            encoded: Graph(batch=micro_batch, augment=augment, decode=encoded, device_id=device_id, threads=num_threads)
-            for encoded in (False, True)
-        }
+        self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
+        self._graph = Graph(batch=micro_batch, augment=augment, decode=self._encoded, device_id=self._device_id, threads=num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._ready: queue.Queue[object] = queue.Queue(READY)
-        self._stop = threading.Event()
-        self._seen = self._damaged = 0
+        self._room = Room(options.prefetch_mib << 20)
+        self._ready: queue.SimpleQueue[tuple[Batch, int] | BaseException | None] = queue.SimpleQueue()
         self._producer: threading.Thread | None = None
+        self._ended = False
+        self._seen = self._damaged = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ended:
+            raise StopIteration
         if self._producer is None:
             self._producer = threading.Thread(target=self._produce, name="loader", daemon=True)
             self._producer.start()
-        while True:
-            ready = self._ready.get()
-            if isinstance(ready, BaseException):
-                raise ready
-            if not isinstance(ready, Batch):
-                return
-            yield ready
+        ready = self._ready.get()
+        if isinstance(ready, tuple):
+            batch, cost = ready
+            self._room.give(cost)
+            return batch
+        self._ended = True
+        raise StopIteration if ready is None else ready
 
     def _produce(self) -> None:
         """Runs in its own thread: everything that goes wrong here is raised where the batches are taken."""
+        waiting: deque[_InFlight] = deque()
         try:
-            for batch in self._batches():
-                if not self._put(batch):
-                    return
-            self._put(_FINISHED)
+            for request in self._requests:
+                cost = self._cost(request)
+                while not self._room.take(cost, wait=not waiting):  # without room, finish the oldest; without any, wait for the model
+                    if self._room.closed:
+                        return
+                    self._finish(*waiting.popleft())
+                waiting.append((request, self._submit(request), cost))
+            while waiting and not self._room.closed:
+                self._finish(*waiting.popleft())
+            self._ready.put(None)
         except BaseException as error:
-            self._put(error)
+            self._ready.put(error)
 
-    def _put(self, ready: object) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(ready, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _batches(self) -> Iterator[Batch]:
-        waiting: deque[tuple[MicroBatchRequest, bool, list[Future[_Sample]]]] = deque()
-        limit, held = self._options.prefetch_mib << 20, 0
-        costs: deque[int] = deque()
-        following = next(self._requests, None)
-        while waiting or following is not None:
-            while following is not None and (not waiting or held + self._cost(following) <= limit):
-                costs.append(self._cost(following))
-                held += costs[-1]
-                waiting.append(self._submit(following))
-                following = next(self._requests, None)
-            request, encoded, futures = waiting.popleft()
-            yield self._assemble(request, encoded, [future.result() for future in futures])
-            held -= costs.popleft()
+    def _finish(self, request: MicroBatchRequest, futures: list[Future[_Sample]], cost: int) -> None:
+        self._ready.put((self._assemble(request, [future.result() for future in futures]), cost))
 
     def _cost(self, request: MicroBatchRequest) -> int:
-        """Bytes of the request's decoded frames."""
-        pixels = self._dataset.column("width")[request.rows].astype(np.int64) * self._dataset.column("height")[request.rows]
-        return 3 * self._clip.num_frames * int(pixels.sum())
+        """Bytes of the request's decoded frames and of the clips made of them."""
+        rows = request.rows[request.valid]
+        pixels = self._dataset.column("width")[rows].astype(np.int64) * self._dataset.column("height")[rows]
+        return 3 * self._clip.num_frames * (int(pixels.sum()) + 4 * len(request.rows) * self._augment.size**2)
 
-    def _submit(self, request: MicroBatchRequest) -> tuple[MicroBatchRequest, bool, list[Future[_Sample]]]:
-        items = [self._dataset.item(row) for row in request.rows.tolist()]
-        encoded = self._on_gpu or all(item.codec in DALI_CPU_CODECS for item in items)
-        tasks = zip(items, request.positions.tolist(), request.parameters, strict=True)
-        return request, encoded, [self._pool.submit(self._load, request, encoded, *task) for task in tasks]
+    def _submit(self, request: MicroBatchRequest) -> list[Future[_Sample]]:
+        if self._substitute and request.pool is None:
+            raise ValueError("requests without a pool: got on_damage='substitute', expected 'report'")
+        slots = zip(request.rows.tolist(), request.positions.tolist(), request.parameters, request.valid.tolist(), strict=True)
+        return [self._pool.submit(self._load, request, *slot) for slot in slots]
 
-    def _load(self, request: MicroBatchRequest, encoded: bool, item: Item, position: int, parameters: ClipParameters) -> _Sample:
+    # In the pool
+
+    def _load(self, request: MicroBatchRequest, row: int, position: int, parameters: ClipParameters, valid: bool) -> _Sample:
+        item = self._dataset.item(row)
+        sample = _Sample(item=item, position=position, parameters=parameters, data=None)
+        if not valid:  # only fills up: loaded and judged where it is valid
+            return sample
         try:
-            return _Sample(item=item, parameters=parameters, data=self._data(item, parameters, encoded), damage=None)
+            return self._with_data(sample)
         except SampleError as error:
-            return self._replace(request, encoded, item, position, parameters, error)
-
-    def _data(self, item: Item, parameters: ClipParameters, encoded: bool) -> Frames:
-        """The item's encoded bytes, or its wanted frames."""
-        data = self._reader.read(item)
-        if encoded:
-            return np.frombuffer(data, dtype=np.uint8)
-        frames = self._buffers.take((self._clip.num_frames, item.height, item.width, 3))
-        try:
-            software_decode.decode(data, parameters.frames + np.int32(item.begin), frames, key=item.key, shard=item.shard_file)
-        except BaseException:
-            self._buffers.give(frames)
+            return self._replaced(request, sample, error)
+        except BaseException as error:
+            error.add_note(f"while loading video '{item.key}' in {item.shard_file}")
             raise
-        return frames
 
-    def _replace(
-        self, request: MicroBatchRequest, encoded: bool, item: Item, position: int, parameters: ClipParameters, error: SampleError
-    ) -> _Sample:
-        """What stands in the place of a damaged sample: another one, the same whenever and wherever it is drawn."""
-        if not self._substitute or request.pool is None:
-            damage = Damage(position=position, key=item.key, shard=item.shard_file, reason=str(error), substitute_key=None)
-            return _Sample(item=item, parameters=parameters, data=None, damage=damage)
-        for attempt in range(SUBSTITUTES):
-            row = int(request.pool[keyed.substitute(request.seed, position, attempt, len(request.pool))])
-            other = self._dataset.item(row)
-            chosen = self._planner.parameters(row, seed=request.seed, position=position, training=True)
-            if encoded and not self._on_gpu and other.codec not in DALI_CPU_CODECS:
-                continue
+    def _with_data(self, sample: _Sample) -> _Sample:
+        """The same with its encoded bytes, or its wanted frames."""
+        item = sample.item
+        if self._encoded and self._device_id is None and item.codec not in CPU_CODECS:
+            expected = f"one of {sorted(CPU_CODECS)}, which DALI decodes without a GPU, or decoder='pyav'"
+            raise PipelineError(f"video '{item.key}' in {item.shard_file}: got codec {item.codec}, expected {expected}")
+        data = self._reader.read(item)
+        if self._encoded:
+            frames = np.frombuffer(data, dtype=np.uint8)
+        else:
+            frames = self._buffers.take((self._clip.num_frames, item.height, item.width, 3))
             try:
-                data = self._data(other, chosen, encoded)
-            except SampleError:
-                continue  # counted through the position that it stands for
-            damage = Damage(position=position, key=item.key, shard=item.shard_file, reason=str(error), substitute_key=other.key)
-            return _Sample(item=other, parameters=chosen, data=data, damage=damage)
+                software_decode.decode(data, sample.parameters.frames + np.int32(item.begin), frames, key=item.key, shard=item.shard_file)
+            except BaseException:
+                self._buffers.give(frames)
+                raise
+        return _Sample(item=item, position=sample.position, parameters=sample.parameters, data=frames, errors=sample.errors)
+
+    def _replaced(self, request: MicroBatchRequest, sample: _Sample, error: SampleError) -> _Sample:
+        """What stands in the place of a damaged sample: another one, the same whenever and wherever it is drawn."""
+        errors = (*sample.errors, error)
+        position, pool = sample.position, request.pool
+        if not self._substitute or pool is None:
+            return _Sample(item=sample.item, position=position, parameters=sample.parameters, data=None, errors=errors)
+        while len(errors) <= SUBSTITUTES:  # the number of failures is the number of the next draw
+            row = int(pool[keyed.substitute(request.seed, position, len(errors) - 1, len(pool))])
+            parameters = self._planner.training(row, seed=request.seed, position=position)
+            try:
+                return self._with_data(
+                    _Sample(item=self._dataset.item(row), position=position, parameters=parameters, data=None, errors=errors)
+                )
+            except SampleError as another:
+                errors = (*errors, another)
         raise BudgetError(
-            f"The sample at position {position} is damaged ({error}), and so are {SUBSTITUTES} others drawn to replace it. "
+            f"The sample at position {position} is damaged ({errors[0]}), and so are {SUBSTITUTES} others drawn to replace it. "
             f"Run 'posmlp data validate {self._dataset.root}'."
         )
 
-    def _assemble(self, request: MicroBatchRequest, encoded: bool, samples: list[_Sample]) -> Batch:
-        if encoded:
-            clips, samples = self._decode_on_graph(request, samples)
-        else:
-            clips = self._augmented(samples, encoded)
-        damaged = [sample.damage for sample in samples if sample.damage is not None]
-        self._count(len(samples), damaged)
-        labels = torch.tensor([sample.item.label for sample in samples], dtype=torch.int64)
+    # In the producer
+
+    def _assemble(self, request: MicroBatchRequest, samples: list[_Sample]) -> Batch:
+        try:
+            clips = self._augmented(samples)
+        except GraphError:
+            if not self._encoded:
+                raise
+            # One undecodable sample fails DALI's whole batch: find it by trying each alone.
+            samples = [self._proven(request, sample) for sample in samples]
+            clips = self._augmented(samples)
+        for sample in samples:
+            if sample.data is not None and not self._encoded:
+                self._buffers.give(sample.data)
+        damaged = [_damage(sample, error) for sample in samples for error in sample.errors]
+        self._count(int(request.valid.sum()), damaged)
         return Batch(
             clips=clips,
-            labels=labels.to(self._device),
+            labels=torch.tensor([sample.item.label for sample in samples], dtype=torch.int64).to(self._device),
             keys=[sample.item.key for sample in samples],
             positions=request.positions,
             valid=request.valid,
@@ -260,60 +266,51 @@ class Loader:
             damaged=damaged,
         )
 
-    def _augmented(self, samples: list[_Sample], encoded: bool) -> torch.Tensor:
+    def _augmented(self, samples: Sequence[_Sample]) -> torch.Tensor:
         """(B, 3, T, size, size); zeros where a sample has no data."""
         present = [i for i, sample in enumerate(samples) if sample.data is not None]
+        size, length = self._augment.size, self._clip.num_frames
+        if not present:
+            return torch.zeros((len(samples), 3, length, size, size), device=self._device)
         videos = [data for sample in samples if (data := sample.data) is not None]
-        rois = np.array([samples[i].parameters.roi for i in present], dtype=np.float32).reshape(-1, 4)
+        rois = np.array([samples[i].parameters.roi for i in present], dtype=np.float32)
         flips = np.array([samples[i].parameters.flip for i in present], dtype=np.bool_)
-        frames = np.stack([samples[i].parameters.frames + np.int32(samples[i].item.begin) for i in present]) if encoded and present else None
-        clips = self._graphs[encoded].run(videos, rois, flips, frames)
-        if not encoded:
-            for video in videos:
-                self._buffers.give(video)
+        frames = np.stack([samples[i].parameters.frames + np.int32(samples[i].item.begin) for i in present]) if self._encoded else None
+        clips = self._graph.run(videos, rois, flips, frames)
         if len(present) == len(samples):
             return clips
-        size, length = self._augment.size, self._clip.num_frames
         whole = torch.zeros((len(samples), 3, length, size, size), device=self._device)
-        if present:
-            whole[present] = clips
+        whole[present] = clips
         return whole
 
-    def _decode_on_graph(self, request: MicroBatchRequest, samples: list[_Sample]) -> tuple[torch.Tensor, list[_Sample]]:
-        """DALI decodes. One undecodable sample fails a whole batch, so that after a failure each sample is tried alone."""
-        try:
-            return self._augmented(samples, True), samples
-        except GraphError:
-            kept = [self._proven(request, position, sample) for position, sample in zip(request.positions.tolist(), samples, strict=True)]
-            return self._augmented(kept, True), kept
-
-    def _proven(self, request: MicroBatchRequest, position: int, sample: _Sample) -> _Sample:
-        """The sample if DALI decodes it, else what replaces it."""
-        try:
-            self._augmented([sample], True)
-            return sample
-        except GraphError as error:
-            reason = DecodeError(f"DALI cannot decode it: {str(error).splitlines()[0]}", key=sample.item.key, shard=sample.item.shard_file)
-            return self._replace(request, True, sample.item, position, sample.parameters, reason)
+    def _proven(self, request: MicroBatchRequest, sample: _Sample) -> _Sample:
+        """The sample if DALI decodes it, else what replaces it and is decoded."""
+        while sample.data is not None:
+            try:
+                self._augmented([sample])
+                break
+            except GraphError as error:
+                reason = DecodeError(f"DALI cannot decode it: {error}", key=sample.item.key, shard=sample.item.shard_file)
+                sample = self._replaced(request, sample, reason)
+        return sample
 
     def _count(self, num_samples: int, damaged: list[Damage]) -> None:
         self._seen += num_samples
         self._damaged += len(damaged)
-        allowed = max(1.0, self._options.max_damaged * max(self._seen, BUDGET_FLOOR))
-        if self._substitute and self._damaged > allowed:
+        if self._substitute and over_budget(self._damaged, self._seen, self._options.max_damaged):
             raise BudgetError(
                 f"{self._damaged} of {self._seen} samples were damaged, more than loader.max_damaged={self._options.max_damaged} allows; "
                 f"the last: {damaged[-1].reason}. Run 'posmlp data validate {self._dataset.root}', then build it again."
             )
 
     def close(self) -> None:
-        """Ends all threads; batches that were not taken are dropped."""
-        self._stop.set()
+        """Ends all threads; batches that were not taken are dropped, batches taken stay valid."""
+        self._ended = True
+        self._room.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._producer is not None:
             self._producer.join()
-        for graph in self._graphs.values():
-            graph.close()
+        self._graph.close()
         self._reader.close()
 
     def __enter__(self) -> Self:
@@ -321,3 +318,8 @@ class Loader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _damage(sample: _Sample, error: SampleError) -> Damage:
+    substitute = sample.item.key if sample.data is not None else None
+    return Damage(position=sample.position, key=error.key, shard=error.shard, reason=str(error), substitute_key=substitute)

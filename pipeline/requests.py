@@ -39,25 +39,32 @@ class MicroBatchRequest:
     pool: Rows | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Planner:
-    """Clip parameters of index rows, by seed and position in training, without either in evaluation."""
+    """Clip parameters of a dataset's rows; holds zero-copy views of five columns, no rows of its own."""
 
-    dataset: Dataset
-    clip: ClipOptions
-    augment: AugmentOptions
+    def __init__(self, dataset: Dataset, clip: ClipOptions, augment: AugmentOptions) -> None:
+        self._clip, self._augment = clip, augment
+        self._columns = [dataset.column(name) for name in ("begin", "end", "fps", "width", "height")]
 
-    def parameters(self, row: int, *, seed: int, position: int, training: bool) -> ClipParameters:
-        columns = {name: self.dataset.column(name)[row].item() for name in ("begin", "end", "fps", "width", "height")}
+    def training(self, row: int, *, seed: int, position: int) -> ClipParameters:
+        """Of the random clip that `position` of the stream under `seed` takes of `row`."""
+        return self._parameters(row, seed, position, training=True)
+
+    def evaluation(self, row: int) -> ClipParameters:
+        """Of the one fixed clip of `row`."""
+        return self._parameters(row, 0, 0, training=False)
+
+    def _parameters(self, row: int, seed: int, position: int, *, training: bool) -> ClipParameters:
+        begin, end, fps, width, height = (column[row].item() for column in self._columns)
         return clip_parameters(
             seed,
             position,
-            num_frames=columns["end"] - columns["begin"],
-            fps=columns["fps"],
-            width=columns["width"],
-            height=columns["height"],
-            clip=self.clip,
-            augment=self.augment,
+            num_frames=end - begin,
+            fps=fps,
+            width=width,
+            height=height,
+            clip=self._clip,
+            augment=self._augment,
             training=training,
         )
 
@@ -87,7 +94,7 @@ def train_requests(
             "micro-batches in the global batch, and the same number for every rank"
         )
     _check_rank(rank, world_size)
-    order, planner = Order(seed, len(rows)), Planner(dataset=dataset, clip=clip, augment=augment)
+    order, planner = Order(seed, len(rows)), Planner(dataset, clip, augment)
     for step in range(start_step, end_step):
         for micro in range(rank, global_batch // micro_batch, world_size):
             first = step * global_batch + micro * micro_batch
@@ -99,7 +106,7 @@ def train_requests(
                 micro=micro,
                 rows=chosen,
                 positions=positions,
-                parameters=[planner.parameters(row, seed=seed, position=place, training=True) for row, place in pairs],
+                parameters=[planner.training(row, seed=seed, position=place) for row, place in pairs],
                 valid=np.ones(micro_batch, dtype=np.bool_),
                 seed=seed,
                 pool=rows,
@@ -123,7 +130,7 @@ def eval_requests(
     the others are dealt round robin. The last micro-batch, and ranks that ran out of work, repeat the last item with `valid` False.
     """
     _check_rank(rank, world_size)
-    planner, num_items = Planner(dataset=dataset, clip=clip, augment=augment), len(rows)
+    planner, num_items = Planner(dataset, clip, augment), len(rows)
     remaining = [micro for micro in range(-(-num_items // micro_batch)) if micro not in skip]
     for step in range(-(-len(remaining) // world_size)):
         place = step * world_size + rank
@@ -137,7 +144,7 @@ def eval_requests(
             micro=micro,
             rows=chosen,
             positions=positions,
-            parameters=[planner.parameters(row, seed=0, position=0, training=False) for row in chosen.tolist()],
+            parameters=[planner.evaluation(row) for row in chosen.tolist()],
             valid=slots < num_items,
         )
 

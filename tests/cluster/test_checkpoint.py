@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -246,14 +248,24 @@ def _die_at(call: int) -> None:
     sys.setprofile(profile)
 
 
-def test_a_kill_at_every_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    base = tmp_path / "base"
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: for tests of order, not of durability, that sync a thousand times."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_a_kill_at_every_file_operation_of_a_save_leaves_a_whole_checkpoint(memory_path: Path) -> None:
+    base = memory_path / "base"
     saved(base, 1, 2)
     (base / "step-00000009-000099-0badcafe").mkdir()  # of a dead writer
     (base / "step-00000009-000099-0badcafe" / STATE).write_bytes(b"half")
     outcomes = []
     for call in range(1, 1000):
-        root = tmp_path / "copy"
+        root = memory_path / "copy"
         shutil.copytree(base, root)
         child = os.fork()
         if child == 0:

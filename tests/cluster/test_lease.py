@@ -61,9 +61,7 @@ def test_an_attempt_killed_while_it_was_written_counts(tmp_path: Path) -> None:
 
 
 def test_simultaneous_attempts_get_different_numbers(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from cluster import lease\nfor _ in range(20): print(lease.begin_attempt(Path(sys.argv[1])))"
-    )
+    code = "import sys, pathlib, cluster.lease as lease\nfor _ in range(20): print(lease.begin_attempt(pathlib.Path(sys.argv[1])))"
     racers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     numbers = [int(line) for racer in racers for line in racer.communicate()[0].split()]
     assert sorted(numbers) == list(range(1, 61))

@@ -21,6 +21,7 @@ from cluster.topology import Worker, micro_batches_of
 from cluster.worker import agree, heartbeat
 
 NUM_MICRO_BATCHES = 4
+RESTORE = -1  # a misfortune's step: while the state is being restored
 OPTIMIZER = OptimizerOptions(lr=1e-2, warmup=0.2, clip_grad=1.0)
 
 
@@ -59,6 +60,7 @@ def train(payload: Mapping[str, object], worker: Worker) -> None:
     number = agree(newest.number if newest else 0)
     found = store.at(number) if number else None
     engine = build_engine(worker, total_steps=steps, zero=int(str(payload.get("zero", 0))))
+    _misfortunes(payload, worker, RESTORE)
     if found:
         engine.restore(found.load())
     fence = partial(lease.check, run_dir, worker.attempt)
@@ -66,8 +68,7 @@ def train(payload: Mapping[str, object], worker: Worker) -> None:
         if worker.rank == 0:
             metrics.write("attempt", step=found.step if found else 0, world_size=worker.world_size)
         for step in range(found.step if found else 0, steps):
-            for told in payload.get("misfortunes", ()):  # type: ignore[attr-defined]
-                _misfortune(told, worker, step)
+            _misfortunes(payload, worker, step)
             mine = micro_batches_of(worker.rank, worker.world_size, NUM_MICRO_BATCHES)
             result = engine.train_step(step, ((micro, batch(step, micro)) for micro in mine), loss)
             heartbeat()
@@ -81,10 +82,14 @@ def train(payload: Mapping[str, object], worker: Worker) -> None:
         store.wait()
 
 
-def _misfortune(told: Mapping[str, object], worker: Worker, step: int) -> None:
-    if (told["attempt"], told["rank"], told["step"]) != (worker.attempt, worker.rank, step):
-        return
-    match told["kind"]:
+def _misfortunes(payload: Mapping[str, object], worker: Worker, step: int) -> None:
+    for told in payload.get("misfortunes", ()):  # type: ignore[attr-defined]
+        if (told["attempt"], told["rank"], told["step"]) == (worker.attempt, worker.rank, step):
+            _misfortune(str(told["kind"]))
+
+
+def _misfortune(kind: str) -> None:
+    match kind:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "kill in save":

@@ -1,0 +1,63 @@
+"""Many independent tasks on Ray, a bounded number at a time. The only file that knows Ray tasks.
+
+A task must be idempotent: Ray runs it again when the process or machine under it dies. Results come as they are finished.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import ray
+
+from cluster.errors import ClusterError
+from cluster.ray_session import ensure_ray
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+PER_CPU = 2  # tasks submitted per CPU: the next one waits beside the one that runs
+
+
+def run_tasks(
+    function: Callable[[Argument], Result],
+    arguments: Iterable[Argument],
+    *,
+    num_cpus: int | None = None,
+    cpus_per_task: float = 1.0,
+    max_retries: int = 5,
+) -> Iterator[tuple[Argument, Result]]:
+    """Yields (argument, result) pairs as tasks finish; `arguments` is read only as far as tasks are submitted.
+
+    num_cpus: of the private cluster that is started when none is joined. max_retries: how often one task may lose its process.
+    What a task raises is raised here; then, or when the caller stops iterating, all other tasks are cancelled.
+    Raises ClusterError when a task lost its process more often than allowed.
+    """
+    ensure_ray(num_cpus)
+    remote = ray.remote(num_cpus=cpus_per_task, max_retries=max_retries)(function)
+    limit = max(1, int(PER_CPU * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
+    waiting = iter(arguments)
+    running: dict[ray.ObjectRef, Argument] = {}
+    try:
+        while True:
+            while len(running) < limit and (following := next(waiting, _NONE)) is not _NONE:
+                running[remote.remote(following)] = following
+            if not running:
+                return
+            finished, _ = ray.wait(list(running), num_returns=1)
+            for reference in finished:
+                argument = running.pop(reference)
+                yield argument, _result(reference)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+_NONE: object = object()
+
+
+def _result(reference: ray.ObjectRef) -> Result:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as it was raised, without Ray's account of it
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
+        raise ClusterError(f"A task lost its process again and again: {error}. Look at the memory of the machines; the same command resumes.") from None

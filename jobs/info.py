@@ -1,0 +1,69 @@
+"""posmlp data info: what a dataset holds, as a card."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.index import SPLIT_PREFIX, Dataset
+
+
+def run(root: Path) -> dict[str, object]:
+    """The card: plain values, JSON-able. Raises DatasetError when there is no finished dataset."""
+    dataset = Dataset.open(root)
+    info = dataset.info
+    frames = dataset.column("end").astype(np.int64) - dataset.column("begin").astype(np.int64)
+    sizes = dataset.column("size").astype(np.int64)
+    pixels = Counter(zip(dataset.column("width").tolist(), dataset.column("height").tolist(), strict=True))
+    labels = np.bincount(dataset.column("label").astype(np.int64), minlength=len(info.classes))
+    splits = {}
+    for column, names in info.splits.items():
+        codes = dataset.column(SPLIT_PREFIX + column)
+        splits[column] = {name: int((codes == code).sum()) for code, name in enumerate(names)}
+    return {
+        "folder": str(root),
+        "fingerprint": info.fingerprint,
+        "items": len(dataset),
+        "quarantined": _quarantine(root),
+        "classes": dict(zip(info.classes, labels.tolist(), strict=True)),
+        "splits": splits,
+        "shards": len(info.shards),
+        "bytes": sum(shard.size for shard in info.shards),
+        "hours": round(float((frames / dataset.column("fps").astype(np.float64)).sum()) / 3600, 3) if len(dataset) else 0.0,
+        "frames": _spread(frames),
+        "video_bytes": _spread(sizes),
+        "sizes": {f"{width}x{height}": count for (width, height), count in pixels.most_common(8)},
+        "fps": {f"{rate:g}": count for rate, count in Counter(dataset.column("fps").tolist()).most_common(8)},
+        "build": info.build,
+        "libraries": info.libraries,
+    }
+
+
+def _spread(values: npt.NDArray[np.int64]) -> dict[str, int]:
+    if not len(values):
+        return {}
+    points = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
+    return {name: int(np.percentile(values, share)) for name, share in points.items()}
+
+
+def _quarantine(root: Path) -> dict[str, int]:
+    path = root / "quarantine.parquet"
+    if not path.is_file():
+        return {}
+    return dict(Counter(pyarrow.parquet.read_table(path, columns=["reason"]).column("reason").to_pylist()).most_common())
+
+
+def show(card: dict[str, object]) -> None:
+    """Prints the card for people."""
+    table = Table(show_header=False)
+    for name, value in card.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {entry}" for key, entry in list(value.items())[:12]) + (" …" if len(value) > 12 else "")
+            table.add_row(name, shown or "none")
+        else:
+            table.add_row(name, str(value))
+    Console().print(table)

@@ -1,0 +1,61 @@
+"""Why a video is not in the dataset: the closed list of reasons, with a text for the person who has to act on it."""
+
+from enum import StrEnum
+
+MIN_SIDE = 16  # pixels of a side; smaller videos are refused
+
+
+class Reason(StrEnum):
+    """Why a video is not in the dataset. The value is what the quarantine list shows; `text` explains it."""
+
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    TOO_MANY_BYTES = "too_many_bytes"
+    NOT_A_VIDEO = "not_a_video"
+    NO_VIDEO_STREAM = "no_video_stream"
+    UNSUPPORTED_CODEC = "unsupported_codec"
+    TOO_SMALL = "too_small"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_MANY_FRAMES = "too_many_frames"
+    NO_FRAMES = "no_frames"
+    TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    OUT_OF_MEMORY = "out_of_memory"
+    CPU_TIME = "cpu_time"
+    WALL_TIME = "wall_time"
+    CRASHED = "crashed"
+    ENCODER_FAILED = "encoder_failed"
+
+    @property
+    def text(self) -> str:
+        return _REASON_TEXTS[self]
+
+
+_REASON_TEXTS = {
+    Reason.MISSING: "the label file names it, the videos folder does not have it",
+    Reason.UNREADABLE: "the file system does not let us read it",
+    Reason.TOO_MANY_BYTES: "the file is larger than limits.max_bytes",
+    Reason.NOT_A_VIDEO: "no video container that we open: text, an image list, a playlist, or a damaged header",
+    Reason.NO_VIDEO_STREAM: "it holds sound or subtitles, but no video",
+    Reason.UNSUPPORTED_CODEC: "there is no decoder for its video",
+    Reason.TOO_SMALL: f"a side has less than {MIN_SIDE} pixels",
+    Reason.TOO_MANY_PIXELS: "a frame has more than limits.max_pixels",
+    Reason.TOO_MANY_FRAMES: "it has more frames than limits.max_frames",
+    Reason.NO_FRAMES: "not one frame decodes (empty, encrypted, only headers, or nothing in the wanted time window)",
+    Reason.TRUNCATED: "the file ends before frames that its header lists, as after a broken download",
+    Reason.DAMAGED: "the decoder reports damaged data; the detail says at which frame",
+    Reason.OUT_OF_MEMORY: "decoding it needs more than limits.memory_mib",
+    Reason.CPU_TIME: "decoding and encoding it takes more than limits.cpu_s",
+    Reason.WALL_TIME: "decoding and encoding it takes more than limits.wall_s",
+    Reason.CRASHED: "the decoding process crashed on it",
+    Reason.ENCODER_FAILED: "it decodes, but the encoder refused its frames",
+}
+
+
+class Rejected(Exception):
+    """This video cannot be in the dataset. `detail` holds facts, no paths, so that quarantine lists of equal builds are equal."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail or reason.text}")
+        self.reason = reason
+        self.detail = detail
