@@ -3,8 +3,9 @@
 A task must be idempotent: Ray runs it again when the process or machine under it dies. Results come as they are finished.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable
+from itertools import islice
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,7 +25,7 @@ def run_tasks(
     num_cpus: int | None = None,
     cpus_per_task: float = 1.0,
     max_retries: int = 5,
-) -> Iterator[tuple[Argument, Result]]:
+) -> Generator[tuple[Argument, Result]]:
     """Yields (argument, result) pairs as tasks finish; `arguments` is read only as far as tasks are submitted.
 
     num_cpus: of the private cluster that is started when none is joined. max_retries: how often one task may lose its process.
@@ -38,26 +39,26 @@ def run_tasks(
     running: dict[ray.ObjectRef, Argument] = {}
     try:
         while True:
-            while len(running) < limit and (following := next(waiting, _NONE)) is not _NONE:
+            for following in islice(waiting, limit - len(running)):
                 running[remote.remote(following)] = following
             if not running:
                 return
             finished, _ = ray.wait(list(running), num_returns=1)
             for reference in finished:
                 argument = running.pop(reference)
-                yield argument, _result(reference)
+                result: Result = _outcome(reference)
+                yield argument, result
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
 
 
-_NONE: object = object()
-
-
-def _result(reference: ray.ObjectRef) -> Result:
+def _outcome(reference: "ray.ObjectRef") -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # as it was raised, without Ray's account of it
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
-        raise ClusterError(f"A task lost its process again and again: {error}. Look at the memory of the machines; the same command resumes.") from None
+        raise ClusterError(
+            f"A task lost its process again and again: {error}. Look at the memory of the machines; the same command resumes."
+        ) from None

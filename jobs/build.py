@@ -20,54 +20,32 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from cluster.tasks import run_tasks
+from jobs.build_shard import ShardTask, build_shard, read_record, record_path
 from jobs.errors import RecipeError
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 from pipeline.durable import TEMPORARY, committed
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.index import SPLIT_PREFIX, DatasetInfo, ShardInfo, index_schema, write_index
+from pipeline.index import DatasetInfo, ShardInfo, write_index
 from pipeline.manifest import Manifest, Source, read_manifest
-from pipeline.media import MediaReport, check_encoder, library_versions
+from pipeline.media import check_encoder, library_versions
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
-from pipeline.quarantine import Reason, Rejected
-from pipeline.shards import NAME, Member, ShardWriter, deal, sample
+from pipeline.quarantine import Reason, RejectedError
+from pipeline.shards import deal, sample
 
 PLAN_VERSION = 1
 LOCK = ".build.lock"
 SAMPLED_VIDEOS, SAMPLED_S = 8, 4.0  # how many videos, and how much of each, tell what the canonical form weighs
 SHOWN = 5  # rejects named in a message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardTask:
-    """All that a task needs to make shard `number`. labels, codes: per source, its class index and its split code per split column."""
-
-    number: int
-    videos: Path
-    out: Path
-    sources: list[Source]
-    labels: list[int]
-    codes: list[list[int]]
-    split_columns: list[str]
-    encode: EncodeOptions
-    limits: LimitOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reject:
-    """A row of the quarantine list."""
-
-    source: Source
-    reason: Reason
-    detail: str
 
 
 def build_dataset(recipe: Recipe) -> DatasetInfo:
@@ -228,7 +206,7 @@ def _measure_ratio(folder: Path, videos: Path, sources: Sequence[Source], encode
             end = min(begin + SAMPLED_S, source.end_s if source.end_s is not None else begin + SAMPLED_S)
             try:
                 report = worker.transcode(videos / source.path, Path(work) / "sample.mp4", source.start_s, end)
-            except Rejected:
+            except RejectedError:
                 continue
             num_frames = report.source.duration_s * report.source.fps
             if num_frames > 0:
@@ -272,13 +250,9 @@ def _splits(manifest: Manifest) -> dict[str, list[str]]:
     return {column: sorted({source.splits[place] for source in manifest.sources} - {""}) for place, column in columns}
 
 
-def _record(out: Path, number: int) -> Path:
-    return out / "build" / f"shard-{number:06d}.arrow"
-
-
 def _build_shards(out: Path, tasks: Iterable[ShardTask], sizes: Sequence[int], num_cpus: int | None) -> None:
     """Runs the tasks whose shards are not finished yet."""
-    done = {number for number in range(len(sizes)) if _record(out, number).is_file()}
+    done = {number for number in range(len(sizes)) if record_path(out, number).is_file()}
     before = sum(sizes[number] for number in done)
     if len(done) == len(sizes):
         return
@@ -293,103 +267,20 @@ def _build_shards(out: Path, tasks: Iterable[ShardTask], sizes: Sequence[int], n
             progress.advance(len(task.sources), f"{rejected} quarantined" if rejected else "")
 
 
-def build_shard(task: ShardTask) -> int:
-    """Makes one shard and, last, its record. Returns how many videos it rejected. Idempotent: doing it twice makes the same bytes."""
-    rows: list[dict[str, object]] = []
-    rejects: list[Reject] = []
-    tar = task.out / NAME.format(task.number)
-    with (
-        MediaWorker(task.encode, task.limits) as worker,
-        tempfile.TemporaryDirectory(dir=task.out / "build") as work,
-        ShardWriter(tar) as writer,
-    ):
-        video = Path(work) / "video.mp4"
-        for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
-            try:
-                report = worker.transcode(task.videos / source.path, video, source.start_s, source.end_s)
-            except Rejected as rejected:
-                rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
-                continue
-            member = writer.add(source.key, label, _facts(source, label, report), video)
-            rows.append(_row(task, source, label, codes, report, member))
-    info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
-    rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
-    table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
-    metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
-    with committed(_record(task.out, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
-        stream.write_table(table.replace_schema_metadata(metadata))
-    return len(rejects)
-
-
-def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]:
-    """The `.json` member: what a reader of the tars alone may want to know."""
-    return {
-        "label": label,
-        "class": source.label,
-        "path": source.path,
-        "group": source.group,
-        "start_s": source.start_s,
-        "end_s": source.end_s,
-        "num_frames": report.num_frames,
-        "fps": report.fps,
-        "width": report.width,
-        "height": report.height,
-        "codec": report.codec,
-        "source": asdict(report.source),
-    }
-
-
-def _row(task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, member: Member) -> dict[str, object]:
-    return {
-        "key": source.key,
-        "source": source.path,
-        "group": source.group,
-        "label": label,
-        "shard": task.number,
-        "offset": member.offset,
-        "size": member.size,
-        "crc32": member.crc32,
-        "begin": 0,
-        "end": report.num_frames,
-        "fps": report.fps,
-        "width": report.width,
-        "height": report.height,
-        "codec": report.codec,
-        **{SPLIT_PREFIX + name: code for name, code in zip(task.split_columns, codes, strict=True)},
-    }
-
-
-def _reject_row(split_columns: Sequence[str], reject: Reject) -> dict[str, object]:
-    source = reject.source
-    return {
-        "path": source.path,
-        "label": source.label,
-        **dict(zip(split_columns, source.splits, strict=True)),
-        "group": source.group,
-        "start_s": source.start_s,
-        "end_s": source.end_s,
-        "reason": reject.reason.value,
-        "explanation": reject.reason.text,
-        "detail": reject.detail,
-    }
-
-
 def _finish(out: Path, num_shards: int, manifest: Manifest, request: dict[str, object]) -> DatasetInfo:
     """Merges the shards' records into the index and writes dataset.json, which makes it a dataset."""
     tables: list[pa.Table] = []
     shards: list[ShardInfo] = []
     rejects: list[dict[str, object]] = []
     for number in range(num_shards):
-        table = pa.ipc.open_file(pa.memory_map(str(_record(out, number)))).read_all()
-        info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
-        rejects += json.loads(table.schema.metadata[b"rejects"])
+        shard, table, rejected = read_record(record_path(out, number))
+        rejects += rejected
         if table.num_rows == 0:  # every one of its videos was rejected
-            (out / info.file).unlink(missing_ok=True)
+            (out / shard.file).unlink(missing_ok=True)
             continue
-        place = table.schema.get_field_index("shard")
-        column = pa.array([len(shards)] * table.num_rows, pa.int32())
-        tables.append(table.replace_schema_metadata(None).set_column(place, table.schema.field(place), column))
-        shards.append(info)
+        place = table.schema.get_field_index("shard")  # becomes an index into the shards that there are
+        tables.append(table.set_column(place, table.schema.field(place), pa.repeat(pa.scalar(len(shards), pa.int32()), table.num_rows)))
+        shards.append(shard)
     _write_quarantine(out / "quarantine.parquet", rejects, manifest)
     if not tables:
         listed = "; ".join(f"{row['path']}: {row['reason']} ({row['detail'] or row['explanation']})" for row in rejects[:SHOWN])
@@ -400,7 +291,7 @@ def _finish(out: Path, num_shards: int, manifest: Manifest, request: dict[str, o
         splits=_splits(manifest),
         num_items=sum(shard.num_items for shard in shards),
         num_quarantined=len(rejects) + len(manifest.missing),
-        num_frames=sum(sum(table.column("end").to_pylist()) for table in tables),
+        num_frames=sum(pc.sum(table.column("end")).as_py() for table in tables),  # of whole videos, which begin at 0
         index_sha256=index_sha256,
         index_size=index_size,
         shards=shards,
@@ -415,8 +306,11 @@ def _finish(out: Path, num_shards: int, manifest: Manifest, request: dict[str, o
 
 def _write_quarantine(path: Path, rejects: list[dict[str, object]], manifest: Manifest) -> None:
     text = ["path", "label", *manifest.split_columns, "group", "reason", "explanation", "detail"]
-    schema = pa.schema([*(pa.field(name, pa.string()) for name in text), pa.field("start_s", pa.float64()), pa.field("end_s", pa.float64())])
-    missing = [{"path": name, "reason": Reason.MISSING.value, "explanation": Reason.MISSING.text} for name in manifest.missing]
+    seconds = ["start_s", "end_s"]
+    schema = pa.schema([*(pa.field(name, pa.string()) for name in text), *(pa.field(name, pa.float64()) for name in seconds)])
+    missing: list[dict[str, object]] = [
+        {"path": name, "reason": Reason.MISSING.value, "explanation": Reason.MISSING.text} for name in manifest.missing
+    ]
     rows = sorted([*rejects, *missing], key=lambda row: (str(row["path"]), str(row.get("start_s")), str(row.get("end_s"))))
     with committed(path) as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), file)

@@ -95,7 +95,7 @@ def line_chart(
         x_label=x_label,
         latest=write(drawn[-1] if drawn else curve.mean[-1]) + suffix,
         summary=f"{title} from {write(curve.mean[0])} to {write(curve.mean[-1])}{suffix}, between {write(min(curve.low))} and {write(y_high)}",
-        x_ticks=[Tick(at=x(value * x_scale), label=label) for value, label in _labelled(x_low / x_scale, x_high / x_scale, 5, short)],
+        x_ticks=[Tick(at=x(value * x_scale), label=label) for value, label in _inside(x_low / x_scale, x_high / x_scale, x_label == "step")],
         y_ticks=[Tick(at=y(value), label=write(value)) for value in y_values],
         raw=_path([(x(a), y(b)) for a, b in curve.path()]),
         smooth=_path([(x(a), y(b)) for a, b in zip(curve.x, drawn, strict=True)]) if drawn else "",
@@ -166,12 +166,10 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return next((scale, name) for scale, name, limit in TIME_UNITS if seconds < limit)
 
 
-def _labelled(low: float, high: float, num: int, write: Callable[[float], str]) -> list[tuple[float, str]]:
-    """Ticks inside [low, high]; whole numbers only where the axis counts (a span of 2 or more)."""
-    values = [value for value in ticks(low, high, num) if low - 1e-9 <= value <= high + 1e-9]
-    if high - low >= 2:
-        values = [value for value in values if abs(value - round(value)) < 1e-9]
-    return [(value, write(value)) for value in values or [low]]
+def _inside(low: float, high: float, whole: bool) -> list[tuple[float, str]]:
+    """About five ticks within [low, high]; `whole`: only whole numbers."""
+    values = [value for value in ticks(low, high, 5) if low - 1e-9 <= value <= high + 1e-9 and not (whole and value % 1)]
+    return [(value, short(value)) for value in values or [low]]
 
 
 def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:

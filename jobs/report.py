@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from jobs import info
-from jobs.charts import Chart, Span, duration, line_chart, num_bytes, percent, short, time_unit
+from jobs.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Span, duration, line_chart, num_bytes, percent, short, time_unit
 from jobs.curves import Attempt, History, read_events, read_history
 from jobs.run_folder import write_text
 from pipeline.errors import PipelineError
@@ -130,6 +130,8 @@ def render(run_dir: Path) -> str:
         notes.append(f"The loss of {history.nonfinite} step(s) was no finite number; they are gaps in the curves.")
     if evaluation and history.last_step and evaluation.step != history.last_step:
         notes.append(f"The evaluation is of step {evaluation.step}, training has reached step {history.last_step}.")
+    if evaluation and dataset and evaluation.dataset_fingerprint not in ("", dataset["fingerprint"]):
+        notes.append("The evaluation is of another dataset than the one there is now. Run 'posmlp eval' again.")
     planned = planned_epochs(recipe, history)
     return _template().render(
         name=run_dir.resolve().name,
@@ -149,6 +151,12 @@ def render(run_dir: Path) -> str:
         recipe=_sections(recipe),
         environment=_sections(_read(run_dir / "env.json", notes)),
         notes=notes,
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=RIGHT,
+        top=TOP,
+        bottom=BOTTOM,
         max_matrix=MAX_MATRIX,
         max_rows=MAX_ROWS,
         max_bars=MAX_BARS,
@@ -340,7 +348,7 @@ def _text(value: object) -> str:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jobs", ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("jobs", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"short": short, "percent": percent, "duration": duration, "bytes": num_bytes, "count": lambda n: f"{n:,}"}
     return environment.get_template("report.html.j2")

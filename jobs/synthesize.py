@@ -24,6 +24,7 @@ SIZE = 128  # pixels, height and width
 NUM_FRAMES = 48
 FPS = 24.0
 CLASSES = ("left", "right", "up", "down", "spin", "shake")
+SPIN, SHAKE = 4.0, 2.5  # speed of the edge in a spin, greatest speed in a shake, both in translations
 HELD_OUT = 3  # every third scene is held out
 MANIFEST = "synthetic.json"
 VERSION = 1  # of what is drawn: another version makes other videos from the same seed
@@ -38,8 +39,8 @@ class Scene:
 
     thing, background: (SIZE, SIZE, 3) float32 textures in [0, 255] that close at their edges.
     radius: of the thing, in pixels; its outline has `bumps` bumps. x, y: its start in pixels; turn: in radians.
-    speed: in pixels per frame: of its middle in a translation, of a point half-way to its edge in a spin.
-    spin: +1 or -1, the sense of a spin.
+    speed: of a translation, in pixels per frame. spin: +1 or -1, the sense of a spin.
+    axis: direction of a shake, in radians; period: of it, in frames; phase: where it starts, in radians.
     """
 
     thing: npt.NDArray[np.float32]
@@ -51,6 +52,9 @@ class Scene:
     turn: float
     speed: float
     spin: float
+    axis: float
+    period: float
+    phase: float
 
 
 def synthesize(out: Path, *, num_clips: int, seed: int) -> None:
@@ -66,8 +70,7 @@ def synthesize(out: Path, *, num_clips: int, seed: int) -> None:
     facts = {"version": VERSION, "num_clips": num_clips, "seed": seed}
     if _is_finished(out, facts):
         return
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise FileExistsError(f"{out} holds files that the demo has not made. Choose another folder, or empty this one.")
+    _refuse_strangers(out)
     work = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -92,7 +95,10 @@ def make_scene(seed: int, number: int) -> Scene:
         y=rng.uniform(0, SIZE),
         turn=rng.uniform(0, 2 * np.pi),
         speed=rng.uniform(1.5, 2.5),
-        spin=rng.choice([-1.0, 1.0]),
+        spin=float(rng.choice([-1.0, 1.0])),
+        axis=rng.uniform(0, np.pi),
+        period=rng.uniform(12.0, 16.0),
+        phase=rng.uniform(0, 2 * np.pi),
     )
 
 
@@ -106,12 +112,13 @@ def _pose(scene: Scene, motion: str, frame: int) -> tuple[float, float, float]:
     """(x, y, turn) of the thing in one frame; in frame 0 it is the same for all motions."""
     path = scene.speed * frame  # pixels
     if motion == "spin":
-        return scene.x, scene.y, scene.turn + scene.spin * 2 * path / (0.5 * scene.radius)
+        return scene.x, scene.y, scene.turn + scene.spin * SPIN * path / scene.radius
     if motion == "shake":
-        p = np.random.default_rng(int(scene.x*1e6)); per=p.uniform(12,16); ph=p.uniform(0,6.283); ax=p.uniform(0,np.pi)
-        a = 2.5*scene.speed*per/6.283*(np.sin(6.283/per*frame+ph)-np.sin(ph))
-        return scene.x+a*np.cos(ax), scene.y+a*np.sin(ax), scene.turn
-    right, down = _SHIFT.get(motion, (0.0, 0.0))
+        pace = 2 * np.pi / scene.period
+        path = SHAKE * scene.speed / pace * (np.sin(pace * frame + scene.phase) - np.sin(scene.phase))
+        right, down = float(np.cos(scene.axis)), float(np.sin(scene.axis))
+    else:
+        right, down = _SHIFT[motion]
     return scene.x + right * path, scene.y + down * path, scene.turn
 
 
@@ -133,14 +140,30 @@ def _write(folder: Path, num_scenes: int, seed: int) -> None:
         csv.writer(file, lineterminator="\n").writerows([("path", "label", "split", "group"), *rows])
 
 
-def _is_finished(out: Path, facts: dict[str, int]) -> bool:
+def _manifest(out: Path) -> dict[str, object]:
+    """What an earlier call wrote about its files; empty where there is none."""
     try:
         found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
+
+def _is_finished(out: Path, facts: dict[str, int]) -> bool:
+    found = _manifest(out)
+    files = found.get("files")
+    if not isinstance(files, dict) or any(found.get(name) != value for name, value in facts.items()):
         return False
-    files = found.get("files", {})
-    same = all(found.get(name) == value for name, value in facts.items())
-    return same and all((out / name).is_file() and (out / name).stat().st_size == size for name, size in files.items())
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in files.items())
+
+
+def _refuse_strangers(out: Path) -> None:
+    """Raises FileExistsError where replacing `out` would delete a file that no earlier call wrote."""
+    files = _manifest(out).get("files")
+    own = {MANIFEST, *files} if isinstance(files, dict) else set()
+    strangers = [path for path in sorted(out.rglob("*")) if not path.is_dir() and path.relative_to(out).as_posix() not in own]
+    if strangers or (out.exists() and not out.is_dir()):
+        raise FileExistsError(f"{strangers[0] if strangers else out} is not of the demo's making. Choose another folder, or move it away.")
 
 
 def _frame(scene: Scene, x: float, y: float, turn: float) -> npt.NDArray[np.uint8]:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline
+from torch.utils.dlpack import from_dlpack
 
 from pipeline.options import AugmentOptions
-
 
 Feed: TypeAlias = list[npt.NDArray[np.uint8]] | npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # what DALI decodes without a GPU
@@ -77,19 +77,19 @@ class Graph:
         self._pipeline.schedule_run()
         clips, keys = self._pipeline.share_outputs()
         try:  # the tensor owns its memory: DALI's executor takes another buffer for the next batch
-            return torch.from_dlpack(clips.as_tensor()), np.array(keys.as_tensor()).reshape(-1)
+            return from_dlpack(clips.as_tensor()), np.array(keys.as_tensor()).reshape(-1)
         finally:
             self._pipeline.release_outputs()
 
     def _build(self) -> Pipeline:
-        @pipeline_def(batch_size=self._batch, num_threads=self._threads, device_id=self._device_id, prefetch_queue_depth=1, seed=0)
-        def graph() -> tuple[DataNode, DataNode]:
-            video = self._decoded() if self._decode else self._frames()
-            return self._normalise(self._resize(video)), fn.external_source(name="keys", dtype=types.INT64, ndim=0)
-
-        pipeline = graph()
+        options = {"batch_size": self._batch, "num_threads": self._threads, "device_id": self._device_id}
+        pipeline = pipeline_def(self._outputs, prefetch_queue_depth=1, seed=0, **options)()
         pipeline.build()
         return pipeline
+
+    def _outputs(self) -> tuple[DataNode, DataNode]:
+        video = self._decoded() if self._decode else self._frames()
+        return self._normalise(self._resize(video)), fn.external_source(name="keys", dtype=types.INT64, ndim=0)
 
     def _frames(self) -> DataNode:
         video = fn.external_source(name="videos", dtype=types.UINT8, layout="FHWC")

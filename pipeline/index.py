@@ -180,9 +180,13 @@ class Dataset:
         """Rows of one split, ascending, shape (n,). Raises DatasetError naming what there is instead."""
         names = self.info.splits.get(split_column)
         if names is None:
-            raise DatasetError(f"{self.root} has no split column '{split_column}'; it has {sorted(self.info.splits)}. Set data.split_column.")
+            raise DatasetError(
+                f"{self.root} has no split column '{split_column}'; it has {sorted(self.info.splits)}. Set data.split_column."
+            )
         if split not in names:
-            raise DatasetError(f"{self.root}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split.")
+            raise DatasetError(
+                f"{self.root}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split."
+            )
         codes = self.column(SPLIT_PREFIX + split_column)
         return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
 

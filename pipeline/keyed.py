@@ -125,7 +125,7 @@ def clip_frames(num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[in
     offsets = np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
     free = max(num_frames - int(offsets[-1]), 1)  # starts from which the whole clip fits
     start = (free - 1) // 2 if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], free)
-    return np.minimum(start + offsets, num_frames - 1).astype(np.int32)
+    return np.asarray(np.minimum(start + offsets, num_frames - 1), dtype=np.int32)
 
 
 def _segment_frames(num_frames: int, length: int, key: tuple[int, int] | None) -> npt.NDArray[np.int32]:

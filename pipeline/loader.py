@@ -176,8 +176,8 @@ class Loader:
     def _cost(self, request: MicroBatchRequest) -> int:
         """Bytes of the request's decoded frames and of the clips made of them."""
         rows = request.rows[request.valid]
-        pixels = self._dataset.column("width")[rows].astype(np.int64) * self._dataset.column("height")[rows]
-        return 3 * self._clip.num_frames * (int(pixels.sum()) + 4 * len(request.rows) * self._augment.size**2)
+        width, height = (self._dataset.column(name)[rows].astype(np.int64) for name in ("width", "height"))
+        return 3 * self._clip.num_frames * (int((width * height).sum()) + 4 * len(request.rows) * self._augment.size**2)
 
     def _submit(self, request: MicroBatchRequest) -> list[Future[_Sample]]:
         if self._substitute and request.pool is None:

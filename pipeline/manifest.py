@@ -150,7 +150,8 @@ def _read_parquet(labels: Path) -> tuple[list[str], list[tuple[str, Sequence[str
 
 
 def _sources(videos: Path, rows: Sequence[_Row], split_columns: Sequence[str]) -> tuple[list[Source], list[str]]:
-    sources, missing, taken = [], [], set()
+    sources, missing = [], []
+    taken: set[str] = set()
     home = os.path.realpath(videos)
     seen: dict[tuple[str, float | None, float | None], _Row] = {}
     for row in sorted(rows, key=lambda row: (row.values["path"], row.values.get("start_s", ""), row.values.get("end_s", ""))):

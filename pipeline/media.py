@@ -1,7 +1,7 @@
 """One video: probe, verify every frame, transcode to the canonical form. With `software_decode` the only place that knows PyAV.
 
 Videos are untrusted input. `verify_and_transcode` is meant to run in the limited child process of `media_worker`, opens local files
-only, no playlists, and either returns what it wrote or raises Rejected with one of the reasons below, which go to the quarantine list.
+only, no playlists, and either returns what it wrote or raises RejectedError with one of the reasons below, which go to the quarantine list.
 
 The canonical form is H.264 yuv420p in MP4, upright, square pixels, BT.709 limited range, a keyframe every `gop` frames exactly, closed
 GOPs, no audio. Its bytes repeat for equal library versions: one thread, a bit-exact scaler and muxer, no version strings, and x264's
@@ -9,12 +9,10 @@ GOPs, no audio. Its bytes repeat for equal library versions: one thread, a bit-e
 """
 
 import errno
-import math
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -28,11 +26,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from pipeline.canonical import Timed, canonical_size, orientation, resample, within
 from pipeline.errors import PipelineError
 from pipeline.options import EncodeOptions, LimitOptions
-from pipeline.quarantine import MIN_SIDE, Reason, Rejected
+from pipeline.quarantine import MIN_SIDE, Reason, RejectedError
 
-MULTIPLE = 16  # both sides become multiples of it: only then does NVDEC reuse its decoding session
 HD_WIDTH, HD_HEIGHT = 1280, 720  # untagged video from this size on is taken for BT.709, below for BT.601
 DEFAULT_RATE = Fraction(25)
 RATES = (Fraction(1, 10), Fraction(1000))  # a stated rate outside is not believed
@@ -88,7 +86,7 @@ class MediaReport:
 
 
 def probe(path: Path, limits: LimitOptions) -> SourceFacts:
-    """What the headers of a video say. Raises Rejected. Decodes at most what FFmpeg needs to find the streams' parameters."""
+    """What the headers of a video say. Raises RejectedError. Decodes at most what FFmpeg needs to find the streams' parameters."""
     with _open_source(path, limits) as container:
         return _facts(container, _video_stream(container, limits), path)
 
@@ -98,21 +96,21 @@ def verify_and_transcode(
 ) -> MediaReport:
     """Decodes all of `source` (or the frames in [start_s, end_s) seconds of it) once and writes the canonical form to `destination`.
 
-    Raises Rejected when the source is damaged or over a limit, OSError when `destination` cannot be written.
+    Raises RejectedError when the source is damaged or over a limit, OSError when `destination` cannot be written.
     """
     with _open_source(source, limits) as container:
         stream = _video_stream(container, limits)
         facts = _facts(container, stream, source)
         _refuse_truncated(container, stream, facts.size)
         rate = Fraction(facts.fps).limit_denominator(1001)
-        decoded = _Counted(_within(_timed(_decode(container, stream, limits), stream, 1 / rate), start_s, end_s))
+        decoded = _Counted(within(_timed(_decode(container, stream, limits), stream, 1 / rate), start_s, end_s))
         frames = iter(decoded)
         if encode.fps != "keep":
-            frames = _resample(frames, 1 / rate, target := Fraction(encode.fps).limit_denominator(1001), limits.max_frames)
+            frames = resample(frames, target := Fraction(encode.fps).limit_denominator(1001), limits.max_frames)
             rate = target
         first = next(frames, None)
         if first is None:
-            raise Rejected(Reason.NO_FRAMES)
+            raise RejectedError(Reason.NO_FRAMES)
         canonical = _Canonical(first.frame, stream, encode.short_side)
         pictures = (canonical(each.frame) for each in chain([first], frames))
         try:
@@ -121,7 +119,7 @@ def verify_and_transcode(
             raise _refused(error) from None
     num_frames = _count_packets(destination)
     if num_frames != written:
-        raise Rejected(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {num_frames} came out")
+        raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {num_frames} came out")
     return MediaReport(
         num_frames=num_frames,
         fps=float(rate),
@@ -174,39 +172,21 @@ def library_versions() -> dict[str, str]:
     return {"av": av.__version__, **{name: ".".join(str(part) for part in av.library_versions[name]) for name in names}}
 
 
-def canonical_size(width: int, height: int, sample_aspect: Fraction, short_side: int) -> tuple[int, int]:
-    """Width and height (multiples of 16) of a video of square pixels that neither enlarges a side nor exceeds `short_side`.
-
-    Rounds to the nearest multiple of 16 that fits the source, so the aspect ratio may change by some per cent.
-    """
-    aspect = sample_aspect if Fraction(1, 8) <= sample_aspect <= 8 else Fraction(1)
-    display = (width * aspect, Fraction(height))
-    scale = min(width / display[0], height / display[1], short_side / min(display))
-    return _nearest(display[0] * scale, width), _nearest(display[1] * scale, height)
-
-
-def _nearest(wanted: Fraction, limit: int) -> int:
-    multiple = math.floor(wanted / MULTIPLE + Fraction(1, 2)) * MULTIPLE
-    return max(MULTIPLE, min(multiple, limit // MULTIPLE * MULTIPLE))
-
-
 def _open_source(path: Path, limits: LimitOptions) -> InputContainer:
     try:
         if path.stat().st_size > limits.max_bytes:
-            raise Rejected(Reason.TOO_MANY_BYTES, f"{path.stat().st_size} bytes, limits.max_bytes is {limits.max_bytes}")
+            raise RejectedError(Reason.TOO_MANY_BYTES, f"{path.stat().st_size} bytes, limits.max_bytes is {limits.max_bytes}")
         safe = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
         codec = {"max_pixels": str(limits.max_pixels), "threads": "1"}
         return av.open(f"file:{path}", "r", container_options=safe, options=codec, metadata_errors="replace")
     except FileNotFoundError:
-        raise Rejected(Reason.MISSING) from None
+        raise RejectedError(Reason.MISSING) from None
     except (av.error.MemoryError, MemoryError):
-        raise Rejected(Reason.OUT_OF_MEMORY, "while reading its header") from None
-    except (av.error.InvalidDataError, av.error.ArgumentError, av.error.DemuxerNotFoundError, EOFError) as error:
-        raise Rejected(Reason.NOT_A_VIDEO, str(error.strerror)) from None
-    except OSError as error:
-        raise Rejected(Reason.UNREADABLE, str(error.strerror)) from None
+        raise RejectedError(Reason.OUT_OF_MEMORY, "while reading its header") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise RejectedError(Reason.UNREADABLE, str(error.strerror)) from None
     except av.error.FFmpegError as error:
-        raise Rejected(Reason.NOT_A_VIDEO, str(error.strerror)) from None
+        raise RejectedError(Reason.UNREADABLE if error.errno in _STORAGE else Reason.NOT_A_VIDEO, str(error.strerror)) from None
 
 
 def _video_stream(container: InputContainer, limits: LimitOptions) -> VideoStream:
@@ -214,15 +194,15 @@ def _video_stream(container: InputContainer, limits: LimitOptions) -> VideoStrea
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:
-        raise Rejected(Reason.NO_VIDEO_STREAM, "streams: " + (", ".join(stream.type for stream in container.streams) or "none"))
+        raise RejectedError(Reason.NO_VIDEO_STREAM, "streams: " + (", ".join(stream.type for stream in container.streams) or "none"))
     for other in container.streams:
         if other is not videos[0]:
             other.discard = av.stream.Discard.all
     stream, context = videos[0], videos[0].codec_context
     if context is None:
-        raise Rejected(Reason.UNSUPPORTED_CODEC)
+        raise RejectedError(Reason.UNSUPPORTED_CODEC)
     if context.width * context.height > limits.max_pixels:
-        raise Rejected(Reason.TOO_MANY_PIXELS, f"{context.width}x{context.height}, limits.max_pixels is {limits.max_pixels}")
+        raise RejectedError(Reason.TOO_MANY_PIXELS, f"{context.width}x{context.height}, limits.max_pixels is {limits.max_pixels}")
     context.options = {"max_pixels": str(limits.max_pixels)}
     context.thread_count, context.thread_type = 1, ThreadType.NONE
     return stream
@@ -250,41 +230,34 @@ def _refuse_truncated(container: InputContainer, stream: VideoStream, size: int)
         ends = [entry.pos + entry.size for entry in stream.index_entries]
         if ends and max(ends) > size:
             beyond = sum(end > size for end in ends)
-            raise Rejected(Reason.TRUNCATED, f"{beyond} of {len(ends)} frames lie behind the end of the file ({max(ends)} > {size} bytes)")
+            raise RejectedError(
+                Reason.TRUNCATED, f"{beyond} of {len(ends)} frames lie behind the end of the file ({max(ends)} > {size} bytes)"
+            )
 
 
 def _decode(container: InputContainer, stream: VideoStream, limits: LimitOptions) -> Iterator[VideoFrame]:
-    """Every frame that decodes, in presentation order. Raises Rejected at the first sign of damage or past a limit."""
+    """Every frame that decodes, in presentation order. Raises RejectedError at the first sign of damage or past a limit."""
     count = 0
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise Rejected(Reason.DAMAGED, f"the container marks a packet near frame {count} as incomplete")
+                raise RejectedError(Reason.DAMAGED, f"the container marks a packet near frame {count} as incomplete")
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise Rejected(Reason.DAMAGED, f"the decoder had to conceal errors in frame {count}")
+                    raise RejectedError(Reason.DAMAGED, f"the decoder had to conceal errors in frame {count}")
                 if count >= limits.max_frames:
-                    raise Rejected(Reason.TOO_MANY_FRAMES, f"limits.max_frames is {limits.max_frames}")
+                    raise RejectedError(Reason.TOO_MANY_FRAMES, f"limits.max_frames is {limits.max_frames}")
                 if min(frame.width, frame.height) < MIN_SIDE:
-                    raise Rejected(Reason.TOO_SMALL, f"{frame.width}x{frame.height} pixels")
+                    raise RejectedError(Reason.TOO_SMALL, f"{frame.width}x{frame.height} pixels")
                 yield frame
                 count += 1
     except (av.error.MemoryError, MemoryError):
-        raise Rejected(Reason.OUT_OF_MEMORY, f"at frame {count}") from None
+        raise RejectedError(Reason.OUT_OF_MEMORY, f"at frame {count}") from None
     except av.error.FFmpegError as error:
-        raise Rejected(Reason.DAMAGED, f"{error.strerror} (at frame {count})") from None
+        raise RejectedError(Reason.DAMAGED, f"{error.strerror} (at frame {count})") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Timed:
-    """A frame, its time in seconds from the stream's start, and its stated duration in seconds."""
-
-    frame: VideoFrame
-    time: Fraction
-    duration: Fraction
-
-
-def _timed(frames: Iterable[VideoFrame], stream: VideoStream, period: Fraction) -> Iterator[_Timed]:
+def _timed(frames: Iterable[VideoFrame], stream: VideoStream, period: Fraction) -> Iterator[Timed[VideoFrame]]:
     """Times that never run backwards; a frame without a timestamp follows the one before it by the nominal period."""
     base = stream.time_base or Fraction(1, 90_000)
     origin = stream.start_time
@@ -293,44 +266,17 @@ def _timed(frames: Iterable[VideoFrame], stream: VideoStream, period: Fraction) 
         if origin is None:
             origin = frame.pts or 0
         last = max(last, (frame.pts - origin) * base) if frame.pts is not None else last + period
-        yield _Timed(frame, last, frame.duration * base if frame.duration else period)
-
-
-def _within(frames: Iterable[_Timed], start_s: float | None, end_s: float | None) -> Iterator[_Timed]:
-    """Frames in [start_s, end_s); stops decoding behind the end."""
-    for each in frames:
-        if end_s is not None and each.time >= end_s:
-            return
-        if start_s is None or each.time >= start_s:
-            yield each
-
-
-def _resample(frames: Iterator[_Timed], period: Fraction, rate: Fraction, max_frames: int) -> Iterator[_Timed]:
-    """Shows each frame from its own time, rounded to a tick of `rate`, to the next one's: repeats and drops as needed."""
-    first = next(frames, None)
-    if first is None:
-        return
-    start, tick = first.time, 0
-    for each, following in pairwise(chain([first], frames, [None])):
-        assert each is not None
-        until = following.time if following is not None else each.time + (each.duration or period)
-        end = math.floor((until - start) * rate + Fraction(1, 2))
-        end = max(end, 1) if following is None else end  # even the shortest video keeps a frame
-        if end > max_frames:
-            raise Rejected(Reason.TOO_MANY_FRAMES, f"{end} at {float(rate):g} per second, limits.max_frames is {max_frames}")
-        for tick in range(tick, end):
-            yield each
-        tick = max(tick, end)
+        yield Timed[VideoFrame](frame, last, frame.duration * base if frame.duration else period)
 
 
 class _Counted:
     """Passes frames on and counts them."""
 
-    def __init__(self, frames: Iterable[_Timed]) -> None:
+    def __init__(self, frames: Iterable[Timed[VideoFrame]]) -> None:
         self._frames = frames
         self.count = 0
 
-    def __iter__(self) -> Iterator[_Timed]:
+    def __iter__(self) -> Iterator[Timed[VideoFrame]]:
         for each in self._frames:
             self.count += 1
             yield each
@@ -342,37 +288,24 @@ class _Canonical:
     def __init__(self, first: VideoFrame, stream: VideoStream, short_side: int) -> None:
         aspect = stream.sample_aspect_ratio or Fraction(1)
         self._size = canonical_size(first.width, first.height, aspect, short_side)
-        self._transpose, self._flip_rows, self._flip_columns = _orientation(first)
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        self._transpose, self._flip_rows, self._flip_columns = orientation(b"" if matrix is None else bytes(matrix))
         self.width, self.height = self._size[::-1] if self._transpose else self._size
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         """A new yuv420p frame that carries pixels only: no timestamps, picture types or side data of the source."""
         width, height = self._size
-        flat = _reformat(self._reformatter, frame, width, height).to_ndarray()  # (3 H / 2, W), planes below each other
+        flat = np.asarray(_reformat(self._reformatter, frame, width, height).to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
         area = width * height
         planes = np.split(flat.reshape(-1), [area, area + area // 4])
         shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]
         turned = [self._turn(plane.reshape(shape)).reshape(-1) for plane, shape in zip(planes, shapes, strict=True)]
         return VideoFrame.from_ndarray(np.concatenate(turned).reshape(self.height * 3 // 2, self.width), format="yuv420p")
 
-    def _turn(self, plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def _turn(self, plane: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         plane = plane.T if self._transpose else plane
         return plane[:: -1 if self._flip_rows else 1, :: -1 if self._flip_columns else 1]
-
-
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Transpose first, then flip rows, flip columns: what the display matrix asks for, to the nearest quarter turn.
-
-    The matrix maps a source pixel (x, y) to (a x + c y, b x + d y).
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5]
-    if abs(a) >= abs(b):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
 
 
 def _reformat(reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int) -> VideoFrame:
@@ -428,10 +361,10 @@ def _encode(path: Path, frames: Iterable[VideoFrame], size: tuple[int, int], rat
 def _refused(error: av.error.FFmpegError) -> Exception:
     """The video's fault, or the destination's?"""
     if isinstance(error, av.error.MemoryError):
-        return Rejected(Reason.OUT_OF_MEMORY, "while encoding")
+        return RejectedError(Reason.OUT_OF_MEMORY, "while encoding")
     if error.errno in _STORAGE:
         return OSError(error.errno, error.strerror)
-    return Rejected(Reason.ENCODER_FAILED, str(error.strerror))
+    return RejectedError(Reason.ENCODER_FAILED, str(error.strerror))
 
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESTALE)

@@ -24,11 +24,13 @@ from typing import Self
 from pipeline.errors import PipelineError
 from pipeline.media import MediaReport, SourceFacts, verify_and_transcode
 from pipeline.options import EncodeOptions, LimitOptions
-from pipeline.quarantine import Reason, Rejected
+from pipeline.quarantine import Reason, RejectedError
 
 START_S = 60.0  # for the child to import what it needs, and for its answer to arrive after a video's own time is up
 ATTEMPTS = 3  # a child that somebody else kills says nothing of the video
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
+STARVED = 0.75  # decoders do not tell a failed allocation from bad data; past this share of the memory limit it is taken for one
+_LOOKS_STARVED = (Reason.DAMAGED, Reason.NO_FRAMES, Reason.ENCODER_FAILED, Reason.NOT_A_VIDEO)
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # linux/prctl.h
 
 
@@ -40,7 +42,7 @@ class MediaWorker:
         self._child: subprocess.Popen[bytes] | None = None
 
     def transcode(self, source: Path, destination: Path, start_s: float | None = None, end_s: float | None = None) -> MediaReport:
-        """See `media.verify_and_transcode`. Raises Rejected, OSError (destination) and PipelineError (the child cannot be kept alive)."""
+        """See `media.verify_and_transcode`, which says what is raised; also PipelineError when the child cannot be kept alive."""
         paths = {"source": str(source.absolute()), "destination": str(destination.absolute())}
         request = {**paths, "start_s": start_s, "end_s": end_s, "encode": asdict(self._encode), "limits": asdict(self._limits)}
         for _ in range(ATTEMPTS):
@@ -52,14 +54,15 @@ class MediaWorker:
                 f"The process that decodes videos ended {ATTEMPTS} times before it could answer, last at {source}. "
                 "Is the machine out of memory? Run the same command again with fewer CPUs or a lower data.limits.memory_mib."
             )
-        raise Rejected(Reason.OUT_OF_MEMORY, "the system killed the decoding process")
+        raise RejectedError(Reason.OUT_OF_MEMORY, "the system killed the decoding process")
 
     def _ask(self, line: bytes) -> dict[str, object] | None:
         """The child's answer, or None when it ended instead; it is then started anew at the next call."""
         if self._child is None:
             self._child = _start_child()
         stdin, stdout = self._child.stdin, self._child.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         try:
             stdin.write(line)
             stdin.flush()
@@ -120,7 +123,7 @@ def _result(reply: dict[str, object], destination: Path) -> MediaReport:
         return MediaReport(**{**report, "source": SourceFacts(**report["source"])})
     if "errno" in reply:
         raise OSError(int(str(reply["errno"])), str(reply["detail"]), str(destination))
-    raise Rejected(Reason(str(reply["reason"])), str(reply["detail"]))
+    raise RejectedError(Reason(str(reply["reason"])), str(reply["detail"]))
 
 
 def serve(parent: int) -> None:
@@ -214,12 +217,19 @@ def _work(request: dict[str, object], limits: LimitOptions) -> dict[str, object]
     start_s, end_s = (None if request[name] is None else float(str(request[name])) for name in ("start_s", "end_s"))
     try:
         return {"report": asdict(verify_and_transcode(source, destination, encode, limits, start_s, end_s))}
-    except Rejected as rejected:
-        return _reject(rejected.reason, rejected.detail)
+    except RejectedError as rejected:
+        starved = rejected.reason in _LOOKS_STARVED and _peak_bytes() > STARVED * resource.getrlimit(resource.RLIMIT_AS)[0]
+        return _reject(Reason.OUT_OF_MEMORY if starved else rejected.reason, rejected.detail)
     except MemoryError:
         return _reject(Reason.OUT_OF_MEMORY, "")
     except OSError as error:
         return {"errno": error.errno, "detail": error.strerror}
+
+
+def _peak_bytes() -> int:
+    """The most address space that this process has had."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmPeak:")[2].split()[0]) << 10
 
 
 def _reject(reason: Reason, detail: str) -> dict[str, object]:

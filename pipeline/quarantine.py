@@ -52,7 +52,7 @@ _REASON_TEXTS = {
 }
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """This video cannot be in the dataset. `detail` holds facts, no paths, so that quarantine lists of equal builds are equal."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:

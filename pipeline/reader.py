@@ -50,7 +50,8 @@ class Reader:
             shard = self._open(item.shard_file)
             data = _read_range(shard.fd, item.offset, item.size)
         except OSError as error:
-            raise SampleError(f"cannot read {self._root / item.shard_file}: {error.strerror}", key=item.key, shard=item.shard_file) from error
+            text = f"cannot read {self._root / item.shard_file}: {error.strerror}"
+            raise SampleError(text, key=item.key, shard=item.shard_file) from error
         if len(data) != item.size:
             text = f"the shard ends at byte {item.offset + len(data)}, expected {item.offset + item.size} or more"
             raise ChecksumError(f"{text}. Run 'posmlp data validate {self._root}'", key=item.key, shard=item.shard_file)

@@ -23,10 +23,10 @@ Rows: TypeAlias = npt.NDArray[np.uint32]
 class MicroBatchRequest:
     """The smallest unit of work of a rank, B samples.
 
-    step: the optimizer step (training), or the how-manieth of the rank (evaluation). micro: number of the micro-batch within its global
+    step: the optimizer step (training), or the round of all ranks (evaluation). micro: number of the micro-batch within its global
     batch (training) or within the evaluated rows; -1 for one that only keeps the ranks in step. rows: (B,) rows of the index.
-    positions: (B,) in the training stream, or within the evaluated rows. parameters: B of them. valid: (B,), False where a slot only fills up.
-    seed, pool: what substitutes are drawn by and from; `pool` is None where nothing may be substituted.
+    positions: (B,) in the training stream, or within the evaluated rows. parameters: B of them. valid: (B,), False where a slot
+    only fills up. seed, pool: what substitutes are drawn by and from; `pool` is None where nothing may be substituted.
     """
 
     step: int

@@ -10,6 +10,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import av
@@ -29,7 +30,7 @@ _CONTAINER = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,ivf
 VideoPacket: TypeAlias = "Packet[VideoStream]"
 
 
-class _Undecodable(Exception):
+class _UndecodableError(Exception):
     """Carries the reason to the place that knows the video's name."""
 
 
@@ -54,7 +55,7 @@ def decode(
     """
     try:
         _decode(data, frames, out, max_pixels)
-    except _Undecodable as error:
+    except _UndecodableError as error:
         raise DecodeError(str(error), key=key, shard=shard) from None
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DecodeError(f"FFmpeg cannot decode it: {error}", key=key, shard=shard) from error
@@ -64,13 +65,13 @@ def _decode(data: bytes, frames: npt.NDArray[np.int32], out: npt.NDArray[np.uint
     limit = {"max_pixels": str(max_pixels)}
     with av.open(io.BytesIO(data), mode="r", container_options=_CONTAINER, options=limit) as container:
         if not container.streams.video:
-            raise _Undecodable("it has no video stream")
+            raise _UndecodableError("it has no video stream")
         stream = container.streams.video[0]
         context = stream.codec_context
         if (context.height, context.width) != out.shape[1:3]:
-            raise _Undecodable(f"it is {context.width}x{context.height} pixels, the index says {out.shape[2]}x{out.shape[1]}")
+            raise _UndecodableError(f"it is {context.width}x{context.height} pixels, the index says {out.shape[2]}x{out.shape[1]}")
         if context.width * context.height > max_pixels:
-            raise _Undecodable(f"it is {context.width}x{context.height} pixels, at most {max_pixels} are allowed")
+            raise _UndecodableError(f"it is {context.width}x{context.height} pixels, at most {max_pixels} are allowed")
         context.thread_count = 1
         context.options = limit  # a frame may be larger than the header says
         packets, shown = _demux(container.demux(stream), int(frames.max()))
@@ -98,9 +99,9 @@ def _demux(source: Iterator[VideoPacket], last: int) -> tuple[list[VideoPacket],
         if packet.size == 0:  # the demuxer's end mark
             continue
         if packet.pts is None:
-            raise _Undecodable(f"its packet {len(packets)} has no timestamp")
+            raise _UndecodableError(f"its packet {len(packets)} has no timestamp")
         if packet.is_corrupt:
-            raise _Undecodable(f"its packet {len(packets)} is marked as corrupt")
+            raise _UndecodableError(f"its packet {len(packets)} is marked as corrupt")
         if packet.is_keyframe and len(times) > last:
             keyframes_after += 1
             if keyframes_after > 1:
@@ -110,9 +111,9 @@ def _demux(source: Iterator[VideoPacket], last: int) -> tuple[list[VideoPacket],
             times.append(packet.pts)
     times.sort()
     if len(times) <= last:
-        raise _Undecodable(f"it has {len(times)} frames, frame {last} was asked for")
-    if any(earlier == later for earlier, later in zip(times, times[1:], strict=False)):
-        raise _Undecodable("two of its frames have the same timestamp")
+        raise _UndecodableError(f"it has {len(times)} frames, frame {last} was asked for")
+    if any(earlier == later for earlier, later in pairwise(times)):
+        raise _UndecodableError("two of its frames have the same timestamp")
     return packets, times
 
 
@@ -124,7 +125,7 @@ def _plan(packets: list[VideoPacket], wanted: list[int]) -> list[_Run]:
     for time in wanted:
         before = bisect_right(keyframes, (time, len(packets)))
         if before == 0:
-            raise _Undecodable("it has no keyframe before a wanted frame")
+            raise _UndecodableError("it has no keyframe before a wanted frame")
         first, last = keyframes[before - 1][1], place_of[time]
         if runs and first <= runs[-1].last + 1:  # the decoder is already there
             previous = runs.pop()
@@ -143,12 +144,12 @@ def _decode_run(context: VideoCodecContext, packets: list[VideoPacket], run: _Ru
             if image.pts is None or image.pts < start:
                 continue  # a leading frame of an open GOP: its references lie before the keyframe
             if image.is_corrupt:
-                raise _Undecodable("FFmpeg met damaged data in it")
+                raise _UndecodableError("FFmpeg met damaged data in it")
             if image.pts in missing:
                 missing.remove(image.pts)
                 yield image
     if missing:
-        raise _Undecodable(f"{len(missing)} of {len(run.wanted)} wanted frames did not come out of the decoder")
+        raise _UndecodableError(f"{len(missing)} of {len(run.wanted)} wanted frames did not come out of the decoder")
     context.flush_buffers()  # a drained decoder takes packets again only after this
 
 
@@ -156,7 +157,7 @@ def _convert(reformatter: VideoReformatter, image: VideoFrame, out: npt.NDArray[
     """RGB of one frame into `out` (H, W, 3)."""
     height, width = out.shape[:2]
     if (image.height, image.width) != (height, width):
-        raise _Undecodable(f"a frame is {image.width}x{image.height} pixels, the index says {width}x{height}")
+        raise _UndecodableError(f"a frame is {image.width}x{image.height} pixels, the index says {width}x{height}")
     rgb = reformatter.reformat(image, format="rgb24", dst_color_range=ColorRange.JPEG, threads=1)
     plane = rgb.planes[0]
     rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
