@@ -227,7 +227,10 @@ def _tails(folder: Path) -> str:
 def _sigterm_exits() -> Iterator[None]:
     """SIGTERM unwinds this process, so that the gang ends with it, instead of ending it on the spot. In the main thread only."""
 
+    received: list[int] = []
+
     def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         raise SystemExit(128 + number)
 
     try:
@@ -237,5 +240,9 @@ def _sigterm_exits() -> Iterator[None]:
         return
     try:
         yield
+    except SystemExit:
+        if received:  # on its way through Ray the exit code becomes 1
+            raise SystemExit(128 + received[0]) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

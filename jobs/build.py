@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,7 +34,7 @@ from jobs.progress import Progress
 from jobs.recipe import Recipe
 from pipeline.durable import TEMPORARY, committed
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.index import DatasetInfo, ShardInfo, write_index
+from pipeline.index import DatasetInfo, ShardInfo, read_info, write_index
 from pipeline.manifest import Manifest, Source, read_manifest
 from pipeline.media import check_encoder, library_versions
 from pipeline.media_worker import MediaWorker
@@ -104,9 +104,9 @@ def run(
 
 def _request(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOptions, shard_size_mib: int, seed: int) -> dict[str, object]:
     """What decides the dataset, as plain values that a later request is compared with, value by value."""
-    digest = hashlib.sha256()
+    digest, columns = hashlib.sha256(), fields(Source)
     for source in manifest.sources:
-        digest.update(json.dumps(asdict(source), sort_keys=True).encode())
+        digest.update(repr([getattr(source, field.name) for field in columns]).encode())
     digest.update(json.dumps([manifest.missing, manifest.classes, manifest.split_columns]).encode())
     nested = {"encode": asdict(encode), "limits": asdict(limits)}
     return {
@@ -129,14 +129,13 @@ def _compare(out: Path, built: dict[str, object], asked: dict[str, object], next
 
 def _finished(out: Path, request: dict[str, object]) -> DatasetInfo:
     """A dataset that is there already, if it is the one that was asked for and all its files have their sizes."""
-    path = out / "dataset.json"
-    info = DatasetInfo.from_json(path.read_text(encoding="utf-8"), str(path))
+    info = read_info(out)
     _compare(out, info.build, request, "Choose another data.dir, or remove this folder to build it anew.")
     for name, size in [("index.arrow", info.index_size), *((shard.file, shard.size) for shard in info.shards)]:
         file = out / name
         if not file.is_file() or file.stat().st_size != size:
             raise DatasetError(
-                f"{file} is missing or not {size} bytes long, although {path} says the dataset is finished. "
+                f"{file} is missing or not {size} bytes long, although dataset.json says the dataset is finished. "
                 f"Run 'posmlp data validate {out}'; restore the file, or remove the folder to build it anew."
             )
     if (out / "build").is_dir():  # killed in its very last step

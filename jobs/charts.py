@@ -94,8 +94,10 @@ def line_chart(
         unit=unit,
         x_label=x_label,
         latest=write(drawn[-1] if drawn else curve.mean[-1]) + suffix,
-        summary=f"{title} from {write(curve.mean[0])} to {write(curve.mean[-1])}{suffix}, between {write(min(curve.low))} and {write(y_high)}",
-        x_ticks=[Tick(at=x(value * x_scale), label=label) for value, label in _inside(x_low / x_scale, x_high / x_scale, x_label == "step")],
+        summary=f"{title} from {write(curve.mean[0])} to {write(curve.mean[-1])}{suffix}, range {write(min(curve.low))} to {write(y_high)}",
+        x_ticks=[
+            Tick(at=x(value * x_scale), label=short(value)) for value in _inside(x_low / x_scale, x_high / x_scale, x_label == "step")
+        ],
         y_ticks=[Tick(at=y(value), label=write(value)) for value in y_values],
         raw=_path([(x(a), y(b)) for a, b in curve.path()]),
         smooth=_path([(x(a), y(b)) for a, b in zip(curve.x, drawn, strict=True)]) if drawn else "",
@@ -144,12 +146,11 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "unknown"
     if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    for limit, divisor, large, small, parts in ((3600, 60, "min", "s", 60), (86400, 3600, "h", "min", 60), (math.inf, 86400, "days", "h", 24)):
-        if seconds < limit:
-            whole, rest = divmod(round(seconds / divisor * parts), parts)
-            return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
-    raise AssertionError("unreachable: the last limit is infinite")
+        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
+    parts = (60, "min", 60, "s") if seconds < 3600 else (3600, "h", 60, "min") if seconds < 86400 else (86400, "days", 24, "h")
+    divisor, large, count, small = parts
+    whole, rest = divmod(round(seconds / divisor * count), count)
+    return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
 
 
 def num_bytes(size: float) -> str:
@@ -166,10 +167,10 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return next((scale, name) for scale, name, limit in TIME_UNITS if seconds < limit)
 
 
-def _inside(low: float, high: float, whole: bool) -> list[tuple[float, str]]:
+def _inside(low: float, high: float, whole: bool) -> list[float]:
     """About five ticks within [low, high]; `whole`: only whole numbers."""
     values = [value for value in ticks(low, high, 5) if low - 1e-9 <= value <= high + 1e-9 and not (whole and value % 1)]
-    return [(value, short(value)) for value in values or [low]]
+    return values or [low]
 
 
 def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:

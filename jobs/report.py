@@ -127,7 +127,7 @@ def render(run_dir: Path) -> str:
     if history.torn:
         notes.append(f"metrics.jsonl has {history.torn} torn line(s), as a kill leaves them; they are not in the curves.")
     if history.nonfinite:
-        notes.append(f"The loss of {history.nonfinite} step(s) was no finite number; they are gaps in the curves.")
+        notes.append(f"The loss of {history.nonfinite} step(s) was no finite number; they are left out of the curves.")
     if evaluation and history.last_step and evaluation.step != history.last_step:
         notes.append(f"The evaluation is of step {evaluation.step}, training has reached step {history.last_step}.")
     if evaluation and dataset and evaluation.dataset_fingerprint not in ("", dataset["fingerprint"]):

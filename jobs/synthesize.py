@@ -8,6 +8,7 @@ network could learn by heart from a scene is of no use, because each scene belon
 
 import csv
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from pipeline.media import write_video
 from pipeline.options import EncodeOptions
 
 SIZE = 128  # pixels, height and width
-NUM_FRAMES = 48
+NUM_FRAMES = 40
 FPS = 24.0
 CLASSES = ("left", "right", "up", "down", "spin", "shake")
+BUMP = 0.12  # height of a thing's bumps, as a share of its radius
 SPIN, SHAKE = 4.0, 2.5  # speed of the edge in a spin, greatest speed in a shake, both in translations
 HELD_OUT = 3  # every third scene is held out
 MANIFEST = "synthetic.json"
@@ -105,18 +107,18 @@ def make_scene(seed: int, number: int) -> Scene:
 def film(scene: Scene, motion: str, num_frames: int = NUM_FRAMES) -> Iterator[npt.NDArray[np.uint8]]:
     """Frames (SIZE, SIZE, 3) uint8 RGB of one scene with one of CLASSES."""
     for frame in range(num_frames):
-        yield _frame(scene, *_pose(scene, motion, frame))
+        yield _frame(scene, *pose(scene, motion, frame))
 
 
-def _pose(scene: Scene, motion: str, frame: int) -> tuple[float, float, float]:
+def pose(scene: Scene, motion: str, frame: int) -> tuple[float, float, float]:
     """(x, y, turn) of the thing in one frame; in frame 0 it is the same for all motions."""
     path = scene.speed * frame  # pixels
     if motion == "spin":
         return scene.x, scene.y, scene.turn + scene.spin * SPIN * path / scene.radius
     if motion == "shake":
-        pace = 2 * np.pi / scene.period
-        path = SHAKE * scene.speed / pace * (np.sin(pace * frame + scene.phase) - np.sin(scene.phase))
-        right, down = float(np.cos(scene.axis)), float(np.sin(scene.axis))
+        pace = 2 * math.pi / scene.period
+        path = SHAKE * scene.speed / pace * (math.sin(pace * frame + scene.phase) - math.sin(scene.phase))
+        right, down = math.cos(scene.axis), math.sin(scene.axis)
     else:
         right, down = _SHIFT[motion]
     return scene.x + right * path, scene.y + down * path, scene.turn
@@ -168,15 +170,24 @@ def _refuse_strangers(out: Path) -> None:
 
 def _frame(scene: Scene, x: float, y: float, turn: float) -> npt.NDArray[np.uint8]:
     """One picture with the thing's middle at (x, y) modulo SIZE, turned by `turn`."""
-    grid = np.arange(SIZE, dtype=np.float32)
-    from_x = ((grid - x + SIZE / 2) % SIZE - SIZE / 2)[None, :]  # the nearest way round the torus
-    from_y = ((grid - y + SIZE / 2) % SIZE - SIZE / 2)[:, None]
-    own_x, own_y = np.cos(turn) * from_x + np.sin(turn) * from_y, np.cos(turn) * from_y - np.sin(turn) * from_x
-    distance, angle = np.hypot(own_x, own_y), np.arctan2(own_y, own_x)
-    edge = scene.radius * (1 + 0.12 * np.cos(scene.bumps * angle))
-    cover = np.clip((edge - distance) / 2 + 0.5, 0, 1)[..., None]
-    picture = cover * _sample(scene.thing, own_x, own_y) + (1 - cover) * scene.background
+    reach = scene.radius * (1 + BUMP) + 2
+    columns, from_x = _near(x, reach)
+    rows, from_y = _near(y, reach)
+    cos, sin = math.cos(turn), math.sin(turn)
+    own_x, own_y = cos * from_x[None, :] + sin * from_y[:, None], cos * from_y[:, None] - sin * from_x[None, :]
+    edge = scene.radius * (1 + BUMP * np.cos(scene.bumps * np.arctan2(own_y, own_x)))
+    cover = np.clip((edge - np.hypot(own_x, own_y)) / 2 + 0.5, 0, 1)[..., None]
+    picture = scene.background.copy()
+    box = np.ix_(rows, columns)
+    picture[box] += cover * (_sample(scene.thing, own_x, own_y) - picture[box])
     return np.asarray(np.rint(picture), dtype=np.uint8)
+
+
+def _near(middle: float, reach: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Pixels of one axis within `reach` of `middle`, the nearest way round, and how far each is from it."""
+    offset = (np.arange(SIZE, dtype=np.float32) - middle + SIZE / 2) % SIZE - SIZE / 2
+    pixels = np.flatnonzero(np.abs(offset) < reach)
+    return pixels, offset[pixels]
 
 
 def _sample(texture: npt.NDArray[np.float32], x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,9 +1,10 @@
 """posmlp data validate: every checksum, every tar member, and the index against the bytes. Reads everything, changes nothing."""
 
 import hashlib
+import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import BinaryIO
 import numpy as np
 
 from jobs.progress import Progress
-from pipeline.index import Dataset, Item, ShardInfo
+from pipeline.errors import DatasetError
+from pipeline.index import SPLIT_PREFIX, Dataset, Item, ShardInfo, index_schema, read_info
 
 THREADS = 4
 BLOCK_BYTES = 4 << 20
 SUFFIXES = ("mp4", "json", "cls")
+MAX_FACTS_BYTES = 1 << 20
+SHOWN = 20  # rows of the index named for one kind of problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +39,16 @@ class Problem:
 
 
 def run(root: Path) -> list[Problem]:
-    """All problems of a dataset, in the order of its files. Raises DatasetError when it cannot even be opened."""
-    dataset = Dataset.open(root)
-    problems = _of_index(dataset)
-    shards = dataset.info.shards
+    """All problems of a dataset, in the order of its files. Raises DatasetError when there is no dataset.json to compare with."""
+    info = read_info(root)
+    try:
+        dataset = Dataset.open(root)
+    except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
+        dataset = Dataset(root, info, index_schema(list(info.splits)).empty_table())
+        problems = [_problem("index.arrow", "", "index", "as built", str(error))]
+    else:
+        problems = _of_index(dataset)
+    shards = info.shards
     with (
         Progress("validating", total=sum(shard.size for shard in shards) >> 20, unit="MiB") as progress,
         ThreadPoolExecutor(THREADS) as pool,
@@ -56,12 +66,26 @@ def _of_index(dataset: Dataset) -> list[Problem]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != dataset.info.index_sha256:
         problems.append(_problem("index.arrow", "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
-    fingerprint = dataset.info.with_fingerprint().fingerprint
-    if fingerprint != dataset.info.fingerprint:
-        problems.append(_problem("dataset.json", "", "fingerprint", dataset.info.fingerprint, fingerprint))
-    shard_numbers = dataset.column("shard")
-    counts = np.bincount(shard_numbers.astype(np.int64), minlength=len(dataset.info.shards)) if len(dataset) else np.zeros(0, np.int64)
-    for shard, count in zip(dataset.info.shards, counts.tolist(), strict=False):
+    info = dataset.info
+    fingerprint = info.with_fingerprint().fingerprint
+    if fingerprint != info.fingerprint:
+        problems.append(_problem("dataset.json", "", "fingerprint", info.fingerprint, fingerprint))
+    bounds = {
+        "shard": len(info.shards),
+        "label": len(info.classes),
+        **{SPLIT_PREFIX + name: len(names) for name, names in info.splits.items()},
+    }
+    for name, bound in bounds.items():
+        values = dataset.column(name).astype(np.int64)
+        wrong = np.flatnonzero((values < (-1 if name.startswith(SPLIT_PREFIX) else 0)) | (values >= bound))
+        problems += [
+            _problem("index.arrow", dataset.text("key", row), name, f"below {bound}", str(values[row])) for row in wrong[:SHOWN].tolist()
+        ]
+    empty = np.flatnonzero(dataset.column("end").astype(np.int64) <= dataset.column("begin").astype(np.int64))
+    problems += [_problem("index.arrow", dataset.text("key", row), "frames", "at least one", "none") for row in empty[:SHOWN].tolist()]
+    shard_numbers = dataset.column("shard").astype(np.int64)
+    for number, shard in enumerate(info.shards):
+        count = int((shard_numbers == number).sum())
         if shard.num_items != count:
             problems.append(_problem("index.arrow", "", f"number of rows of {shard.file}", str(shard.num_items), str(count)))
     return problems
@@ -80,42 +104,60 @@ def _of_shard(dataset: Dataset, number: int) -> Iterator[Problem]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         yield _problem(shard.file, "", "SHA-256", shard.sha256, digest)
-    items = [dataset.item(row) for row in np.flatnonzero(dataset.column("shard") == number).tolist()]
-    yield from _members(dataset, shard, items, path)
+    if len(dataset):
+        items = [dataset.item(row) for row in np.flatnonzero(dataset.column("shard") == number).tolist()]
+        yield from _members(shard, items, path)
 
 
-def _members(dataset: Dataset, shard: ShardInfo, items: list[Item], path: Path) -> Iterator[Problem]:
+def _members(shard: ShardInfo, items: list[Item], path: Path) -> Iterator[Problem]:
     """Compares the tar's members with the index's rows of this shard."""
+    members: dict[str, tarfile.TarInfo] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            members = {member.name: member for member in tar}
-    except (tarfile.TarError, EOFError) as error:
-        yield _problem(shard.file, "", "tar headers", "readable", str(error))
-        members = {}
+            for member in tar:
+                members[member.name] = member
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        yield _problem(shard.file, "", "tar headers", "readable", f"{error}, after {len(members)} members")
     with path.open("rb") as file:
         for item in items:
             for suffix in SUFFIXES:
-                if members and f"{item.key}.{suffix}" not in members:
+                if f"{item.key}.{suffix}" not in members:
                     yield _problem(shard.file, item.key, f"member .{suffix}", "present", "missing")
             video = members.get(f"{item.key}.mp4")
             if video is not None and (video.offset_data, video.size) != (item.offset, item.size):
-                expected, got = (
-                    f"bytes {item.offset} to {item.offset + item.size}",
-                    f"{video.offset_data} to {video.offset_data + video.size}",
-                )
+                expected = f"bytes {item.offset} to {item.offset + item.size}"
+                got = f"bytes {video.offset_data} to {video.offset_data + video.size}"
                 yield _problem(shard.file, item.key, "place of the video in the tar", expected, got)
             found = _crc32(file, item.offset, item.size)
             if found != item.crc32:
                 yield _problem(shard.file, item.key, "CRC-32 of the video", f"{item.crc32:08x}", f"{found:08x}")
-            label = members.get(f"{item.key}.cls")
-            if label is not None:
-                file.seek(label.offset_data)
-                text = file.read(min(label.size, 32)).decode("ascii", errors="replace").strip()
-                if text != str(item.label):
-                    yield _problem(shard.file, item.key, "class in .cls", str(item.label), text)
+            yield from _facts(shard, item, members, file)
     known = {f"{item.key}.{suffix}" for item in items for suffix in SUFFIXES}
-    for name in members.keys() - known:
+    for name in sorted(members.keys() - known):
         yield _problem(shard.file, name, "member", "a row of the index", "none")
+
+
+def _facts(shard: ShardInfo, item: Item, members: Mapping[str, tarfile.TarInfo], file: BinaryIO) -> Iterator[Problem]:
+    """Compares what the `.cls` and `.json` members say with the index."""
+    expected = {
+        "label": item.label, "num_frames": item.num_frames, "fps": item.fps, "width": item.width, "height": item.height, "codec": item.codec
+    }  # fmt: skip
+    for suffix in ("cls", "json"):
+        member = members.get(f"{item.key}.{suffix}")
+        if member is None:
+            continue
+        file.seek(member.offset_data)
+        text = file.read(min(member.size, MAX_FACTS_BYTES)).decode("utf-8", errors="replace")
+        try:
+            facts = {"label": int(text)} if suffix == "cls" else json.loads(text)
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            yield _problem(shard.file, item.key, f"member .{suffix}", "a number" if suffix == "cls" else "a JSON object", text[:40])
+            continue
+        for name in expected if suffix == "json" else ("label",):
+            if facts.get(name) != expected[name]:
+                yield _problem(shard.file, item.key, f"{name} in .{suffix}", str(expected[name]), str(facts.get(name)))
 
 
 def _crc32(file: BinaryIO, offset: int, size: int) -> int:

@@ -11,6 +11,7 @@ LayerNorm's scale and shift are folded into fc1, so layers that read the same x 
 sum of the layers before it instead of making its own.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -78,7 +79,9 @@ class GatedLayer(nn.Module):
 def sum_of_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid) -> Tensor:
     """The sum of f(x) over ``layers`` that read the same x: (B, T, W, n, D) window-ordered tokens to the same shape."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS).flatten(0, 3).t()  # (D, N), without a copy
-    out = torch.stack([layer.fc2.bias for layer in layers]).sum(dim=0)
+    # Added one by one: through stack().sum() autograd would hand all biases gradients that share one memory, and accumulating
+    # over micro-batches would count them twice.
+    out = functools.reduce(torch.add, [layer.fc2.bias for layer in layers])
     for layer in layers:
         weight, bias = layer.fc1_rows()
         hidden = F.gelu(torch.addmm(bias[:, None], weight, normed))  # (r_e*D, N)

@@ -12,6 +12,8 @@ from pipeline.quarantine import Reason, RejectedError
 
 MULTIPLE = 16  # both sides become multiples of it: only then does NVDEC reuse its decoding session
 
+SLACK_S = 0.0005
+
 Frame = TypeVar("Frame")
 
 
@@ -54,11 +56,14 @@ class Timed(Generic[Frame]):
 
 
 def within(frames: Iterable[Timed[Frame]], start_s: float | None, end_s: float | None) -> Iterator[Timed[Frame]]:
-    """Frames in [start_s, end_s); stops decoding behind the end."""
+    """Frames in [start_s, end_s); stops reading behind the end. Half a millisecond off still counts as on the bound.
+
+    Containers round timestamps to milliseconds, and 0.4 has no exact binary form.
+    """
     for each in frames:
-        if end_s is not None and each.time >= end_s:
+        if end_s is not None and each.time >= end_s - SLACK_S:
             return
-        if start_s is None or each.time >= start_s:
+        if start_s is None or each.time >= start_s - SLACK_S:
             yield each
 
 

@@ -138,11 +138,7 @@ class Dataset:
     def open(cls, root: str | os.PathLike[str]) -> Self:
         """Raises DatasetError when `root` holds no finished dataset or its index does not fit its dataset.json."""
         root = Path(root)
-        manifest = root / "dataset.json"
-        if not manifest.is_file():
-            state = "an unfinished build: run the build command again to finish it" if (root / "build").is_dir() else "no dataset"
-            raise DatasetError(f"{root} holds {state} (there is no dataset.json in it).")
-        info = DatasetInfo.from_json(manifest.read_text(encoding="utf-8"), str(manifest))
+        info = read_info(root)
         path = root / "index.arrow"
         if not path.is_file() or path.stat().st_size != info.index_size:
             raise DatasetError(f"{path} is missing or not {info.index_size} bytes long. Run 'posmlp data validate {root}'.")
@@ -189,6 +185,15 @@ class Dataset:
             )
         codes = self.column(SPLIT_PREFIX + split_column)
         return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
+
+
+def read_info(root: Path) -> DatasetInfo:
+    """`dataset.json` of the dataset in `root`. Raises DatasetError when there is none, or it cannot be read."""
+    manifest = root / "dataset.json"
+    if not manifest.is_file():
+        state = "an unfinished build: run the build command again to finish it" if (root / "build").is_dir() else "no dataset"
+        raise DatasetError(f"{root} holds {state} (there is no dataset.json in it).")
+    return DatasetInfo.from_json(manifest.read_text(encoding="utf-8"), str(manifest))
 
 
 def index_schema(split_columns: list[str]) -> pa.Schema:

@@ -130,6 +130,7 @@ class Loader:
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
         self._graph = Graph(batch=micro_batch, augment=augment, decode=self._encoded, device_id=self._device_id, threads=num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._ahead = 2 + 4 * num_threads // micro_batch  # micro-batches that keep all threads busy while one is augmented
         self._room = Room(options.prefetch_mib << 20)
         self._ready: queue.SimpleQueue[tuple[Batch, int] | BaseException | None] = queue.SimpleQueue()
         self._producer: threading.Thread | None = None
@@ -159,6 +160,8 @@ class Loader:
         try:
             for request in self._requests:
                 cost = self._cost(request)
+                if len(waiting) >= self._ahead:
+                    self._finish(*waiting.popleft())
                 while not self._room.take(cost, wait=not waiting):  # without room, finish the oldest; without any, wait for the model
                     if self._room.closed:
                         return
@@ -253,7 +256,7 @@ class Loader:
             if sample.data is not None and not self._encoded:
                 self._buffers.give(sample.data)
         damaged = [_damage(sample, error) for sample in samples for error in sample.errors]
-        self._count(int(request.valid.sum()), damaged)
+        self._count(int(request.valid.sum()), sum(1 for sample in samples if sample.errors), damaged)
         return Batch(
             clips=clips,
             labels=torch.tensor([sample.item.label for sample in samples], dtype=torch.int64).to(self._device),
@@ -294,9 +297,9 @@ class Loader:
                 sample = self._replaced(request, sample, reason)
         return sample
 
-    def _count(self, num_samples: int, damaged: list[Damage]) -> None:
+    def _count(self, num_samples: int, num_damaged: int, damaged: list[Damage]) -> None:
         self._seen += num_samples
-        self._damaged += len(damaged)
+        self._damaged += num_damaged
         if self._substitute and over_budget(self._damaged, self._seen, self._options.max_damaged):
             raise BudgetError(
                 f"{self._damaged} of {self._seen} samples were damaged, more than loader.max_damaged={self._options.max_damaged} allows; "

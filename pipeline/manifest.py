@@ -8,10 +8,12 @@ import csv
 import hashlib
 import os
 import re
+import stat
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -91,28 +93,30 @@ def read_manifest(videos: Path, labels: Path | None, *, allow_missing: bool = Fa
 
 def _rows_of_folder(videos: Path) -> list[_Row]:
     paths = sorted(_walk(videos))
-    tops = {PurePosixPath(path).parts[0] for path in paths}
+    tops = {path.partition("/")[0] for path in paths}
     by_split = bool(tops) and tops <= SPLIT_FOLDERS.keys()
     rows = []
     for path in paths:
-        parts = PurePosixPath(path).parts
-        label = parts[1 if by_split else 0]
+        parts = path.split("/")
+        label = parts[min(1 if by_split else 0, len(parts) - 1)]
         if len(parts) < (3 if by_split else 2):
             raise ManifestError(
                 f"{videos / path} lies in no class folder. Move each video into a subfolder named after its class, or give a label file."
             )
         values = {"path": path, "label": label, **({"split": SPLIT_FOLDERS[parts[0]]} if by_split else {})}
-        rows.append(_Row(str(videos / path), values))
+        rows.append(_Row(f"{videos}/{path}", values))
     return rows
 
 
 def _walk(videos: Path) -> Iterator[str]:
     """Relative paths of all videos; hidden files and folders are not looked at, links to folders not followed."""
-    for folder, folders, files in os.walk(videos):
+    home = os.fspath(videos)
+    for folder, folders, files in os.walk(home):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        inner = os.path.relpath(folder, home).replace(os.sep, "/")
         for name in files:
-            if not name.startswith(".") and PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES:
-                yield (Path(folder) / name).relative_to(videos).as_posix()
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+                yield name if inner == "." else f"{inner}/{name}"
 
 
 def _rows_of_file(labels: Path) -> list[_Row]:
@@ -152,42 +156,67 @@ def _read_parquet(labels: Path) -> tuple[list[str], list[tuple[str, Sequence[str
 def _sources(videos: Path, rows: Sequence[_Row], split_columns: Sequence[str]) -> tuple[list[Source], list[str]]:
     sources, missing = [], []
     taken: set[str] = set()
-    home = os.path.realpath(videos)
+    folder = _Folder(os.path.realpath(videos))
     seen: dict[tuple[str, float | None, float | None], _Row] = {}
     for row in sorted(rows, key=lambda row: (row.values["path"], row.values.get("start_s", ""), row.values.get("end_s", ""))):
-        path = _relative(row, home)
+        path, size = folder.find(row)
         start_s, end_s = _seconds(row, "start_s"), _seconds(row, "end_s")
         if start_s is not None and end_s is not None and start_s >= end_s:
             raise ManifestError(f"{row.where}: start_s {start_s:g} is not before end_s {end_s:g}.")
         first = seen.setdefault((path, start_s, end_s), row)
         if first is not row:
-            if first.values["label"] != row.values["label"]:
-                raise ManifestError(
-                    f"{path} has two labels: '{first.values['label']}' ({first.where}) and '{row.values['label']}' ({row.where})."
-                )
+            _refuse_contradiction(path, first, row, ["label", *split_columns])
             continue
-        try:
-            size = os.stat(os.path.join(home, path)).st_size
-        except FileNotFoundError:
+        if size is None:
             missing.append(path)
             continue
         key = _key(path, start_s, end_s, taken)
-        splits = tuple(row.values[name].strip() for name in split_columns)
-        label, group = row.values["label"].strip(), row.values.get("group", "").strip()
+        splits = tuple(sys.intern(row.values[name].strip()) for name in split_columns)
+        label, group = sys.intern(row.values["label"].strip()), sys.intern(row.values.get("group", "").strip())
         sources.append(Source(key=key, path=path, label=label, splits=splits, group=group, size=size, start_s=start_s, end_s=end_s))
     return sources, missing
 
 
-def _relative(row: _Row, home: str) -> str:
-    """The row's path below the videos folder. Raises ManifestError when it leads out of it, by itself or through a link."""
-    text = row.values["path"].strip()
-    path = os.path.normpath(text) if text else ""
-    if not text or os.path.isabs(path) or path.split(os.sep)[0] == "..":
-        raise ManifestError(f"{row.where}: path '{text}' must be relative to the videos folder and stay in it.")
-    real = os.path.realpath(os.path.join(home, path))
-    if real != home and not real.startswith(home + os.sep):
-        raise ManifestError(f"{row.where}: path '{text}' is a link that leads out of the videos folder, to {real}.")
-    return Path(path).as_posix()
+def _refuse_contradiction(path: str, first: _Row, second: _Row, columns: Sequence[str]) -> None:
+    for name in columns:
+        if first.values[name] != second.values[name]:
+            raise ManifestError(
+                f"{path} has two values of '{name}': '{first.values[name]}' ({first.where}) and '{second.values[name]}' ({second.where}). "
+                "Remove one of the rows, or give them different start_s and end_s."
+            )
+
+
+class _Folder:
+    """Looks up files below `home`, a real path; what it learns of subfolders is kept, so that a file costs one system call."""
+
+    def __init__(self, home: str) -> None:
+        self._home = home
+        self._inside: dict[str, bool] = {}
+
+    def find(self, row: _Row) -> tuple[str, int | None]:
+        """The row's path, normalised, and its size in bytes, None for no such file. Raises ManifestError when it leads out of here."""
+        text = row.values["path"].strip()
+        path = os.path.normpath(text) if text else ""
+        if not text or os.path.isabs(path) or path.split(os.sep)[0] == "..":
+            raise ManifestError(f"{row.where}: path '{text}' must be relative to the videos folder and stay in it.")
+        if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that Python could not read as text
+            raise ManifestError(f"{row.where}: path {text!a} is not a name in UTF-8. Rename the file.")
+        full = os.path.join(self._home, path)
+        folder = os.path.dirname(full)
+        if folder not in self._inside:
+            self._inside[folder] = self._holds(os.path.realpath(folder))
+        try:
+            status = os.lstat(full)
+            if not self._inside[folder] or (stat.S_ISLNK(status.st_mode) and not self._holds(os.path.realpath(full))):
+                real = os.path.realpath(full)
+                raise ManifestError(f"{row.where}: path '{text}' is a link that leads out of the videos folder, to {real}.")
+            size = os.stat(full).st_size if stat.S_ISLNK(status.st_mode) else status.st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return path.replace(os.sep, "/"), None
+        return path.replace(os.sep, "/"), size
+
+    def _holds(self, real: str) -> bool:
+        return real == self._home or real.startswith(self._home.rstrip(os.sep) + os.sep)
 
 
 def _seconds(row: _Row, name: str) -> float | None:
@@ -205,8 +234,7 @@ def _seconds(row: _Row, name: str) -> float | None:
 
 def _key(path: str, start_s: float | None, end_s: float | None, taken: set[str]) -> str:
     """A unique WebDataset key: no dot in its last part (the rest of a member's name is its extension), no odd characters."""
-    stem = PurePosixPath(path).with_suffix("").as_posix()
-    folder, _, name = stem.rpartition("/")
+    folder, _, name = os.path.splitext(path)[0].rpartition("/")
     key = re.sub(r"[^\w/+=@ -]", "_", f"{folder}/{name.replace('.', '_')}".lstrip("/"))
     if start_s is not None or end_s is not None:
         window = [f"{round(1000 * value):09d}" if value is not None else "end" for value in (start_s or 0.0, end_s)]
@@ -228,12 +256,15 @@ def _check_labels(sources: Sequence[Source], labels: Path | None) -> None:
 def _ordered(labels: set[str]) -> list[str]:
     """Class names in the order of their indices: integers by value, text alphabetically."""
     if all(re.fullmatch(r"\d+", label) for label in labels):
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
 
 def _with_split(sources: Sequence[Source], val_fraction: float, seed: int) -> list[Source]:
-    """Holds out `val_fraction` of each class by whole groups, in the order of a keyed hash; a class of one group is not split."""
+    """Holds out `val_fraction` of each class by whole groups, in the order of a keyed hash; a class of one group is not split.
+
+    Every class of two or more groups has both splits, unless groups are shared between classes in a way that does not allow it.
+    """
     members: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         members[source.label][source.group or source.key] += 1
@@ -241,15 +272,15 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int) -> li
     def rank(unit: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{unit}".encode(), digest_size=16).digest()
 
-    held: set[str] = set()
-    for _, units in sorted(members.items()):
-        wanted = val_fraction * sum(units.values())
+    held: dict[str, bool] = {}  # of units already decided: a group may have videos of several classes, and must not be torn apart
+    for units in sorted(members.values(), key=lambda units: (len(units), sorted(units))):
         order = sorted(units, key=rank)
-        have = sum(units[unit] for unit in order if unit in held)  # a group may have videos of several classes
-        for unit in order[: len(order) - 1]:
-            if have >= wanted:
-                break
-            if unit not in held:
-                held.add(unit)
-                have += units[unit]
-    return [replace(source, splits=("val" if (source.group or source.key) in held else "train",)) for source in sources]
+        wanted = val_fraction * sum(units.values())
+        have = sum(units[unit] for unit in order if held.get(unit, False))
+        free = [unit for unit in order if unit not in held]
+        kept = len(order) > len(free) + sum(held.get(unit, False) for unit in order)  # a decided unit of this class is in train
+        for place, unit in enumerate(free):
+            last = place == len(free) - 1 and not kept
+            held[unit] = have < wanted and not last
+            have += units[unit] * held[unit]
+    return [replace(source, splits=("val" if held[source.group or source.key] else "train",)) for source in sources]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 from av.codec.context import Flags, ThreadType
 from av.container import InputContainer
+from av.sidedata.sidedata import SideData
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -137,11 +138,12 @@ def write_video(path: Path, frames: Iterable[npt.NDArray[np.uint8]], fps: float,
 
     Raises PipelineError when x264 refuses the options, ValueError for a frame of another shape.
     """
+    check_encoder(encode)
     iterator = iter(frames)
     first = next(iterator, None)
     if first is None:
         raise ValueError("frames: got none, expected at least one")
-    height, width, _ = first.shape
+    height, width = first.shape[:2]
     reformatter = VideoReformatter()
 
     def convert(array: npt.NDArray[np.uint8]) -> VideoFrame:
@@ -149,7 +151,7 @@ def write_video(path: Path, frames: Iterable[npt.NDArray[np.uint8]], fps: float,
             raise ValueError(f"frame: got shape {array.shape}, expected ({height}, {width}, 3) with even sides")
         return _reformat(reformatter, VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24"), width, height)
 
-    images = (convert(array) for array in chain([first], iterator))
+    images = chain([convert(first)], map(convert, iterator))
     return _encode(path, images, (width, height), Fraction(fps).limit_denominator(1001), encode)
 
 
@@ -194,7 +196,8 @@ def _video_stream(container: InputContainer, limits: LimitOptions) -> VideoStrea
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:
-        raise RejectedError(Reason.NO_VIDEO_STREAM, "streams: " + (", ".join(stream.type for stream in container.streams) or "none"))
+        types = ", ".join(stream.type for stream in container.streams)
+        raise RejectedError(Reason.NO_VIDEO_STREAM, f"streams: {types}") if types else RejectedError(Reason.NOT_A_VIDEO, "no streams")
     for other in container.streams:
         if other is not videos[0]:
             other.discard = av.stream.Discard.all
@@ -266,7 +269,7 @@ def _timed(frames: Iterable[VideoFrame], stream: VideoStream, period: Fraction) 
         if origin is None:
             origin = frame.pts or 0
         last = max(last, (frame.pts - origin) * base) if frame.pts is not None else last + period
-        yield Timed[VideoFrame](frame, last, frame.duration * base if frame.duration else period)
+        yield Timed(frame, last, frame.duration * base if frame.duration else period)
 
 
 class _Counted:
@@ -289,6 +292,7 @@ class _Canonical:
         aspect = stream.sample_aspect_ratio or Fraction(1)
         self._size = canonical_size(first.width, first.height, aspect, short_side)
         matrix = first.side_data.get("DISPLAYMATRIX")
+        assert matrix is None or isinstance(matrix, SideData)
         self._transpose, self._flip_rows, self._flip_columns = orientation(b"" if matrix is None else bytes(matrix))
         self.width, self.height = self._size[::-1] if self._transpose else self._size
         self._reformatter = VideoReformatter()

@@ -224,6 +224,8 @@ def _work(request: dict[str, object], limits: LimitOptions) -> dict[str, object]
         return _reject(Reason.OUT_OF_MEMORY, "")
     except OSError as error:
         return {"errno": error.errno, "detail": error.strerror}
+    except Exception as error:  # of PyAV, on a video nobody has thought of: said, and the build goes on
+        return _reject(Reason.CRASHED, f"{type(error).__name__}: {error}")
 
 
 def _peak_bytes() -> int:

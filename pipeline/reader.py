@@ -54,11 +54,11 @@ class Reader:
             raise SampleError(text, key=item.key, shard=item.shard_file) from error
         if len(data) != item.size:
             text = f"the shard ends at byte {item.offset + len(data)}, expected {item.offset + item.size} or more"
-            raise ChecksumError(f"{text}. Run 'posmlp data validate {self._root}'", key=item.key, shard=item.shard_file)
+            raise ChecksumError(text, key=item.key, shard=item.shard_file)
         found = zlib.crc32(data)
         if found != item.crc32:
             text = f"bytes {item.offset} to {item.offset + item.size} have CRC-32 {found:08x}, expected {item.crc32:08x}"
-            raise ChecksumError(f"{text}. Run 'posmlp data validate {self._root}'", key=item.key, shard=item.shard_file)
+            raise ChecksumError(text, key=item.key, shard=item.shard_file)
         return data
 
     def _open(self, file: str) -> _Shard:

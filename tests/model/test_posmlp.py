@@ -201,3 +201,25 @@ def test_v1_to_v4_differ() -> None:
         clips = _clips(model) if clips is None else clips
         seen.append(model(clips))
     assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("changes", [{}, {"block": "joint"}, {"block": "temporal_spatial"}, {"version": "v4"}, {"version": "v2"}])
+def test_gradients_accumulate_over_micro_batches(changes: dict[str, str]) -> None:
+    """Two backwards add up: no two gradients share memory, or accumulation in place would count one of them twice."""
+    config = ModelConfig(preset="posmlp_tiny", num_classes=3, num_frames=4, input_size=32, **changes)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = PosMLPVideo(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    clips = torch.randn(2, 2, 3, 4, 32, 32, dtype=torch.float64)
+    model.eval()  # batch norm of one micro-batch must not see the other
+
+    def gradients(*batches: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        for batch in batches:
+            model(batch).square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    first, second, both = gradients(clips[0]), gradients(clips[1]), gradients(clips[0], clips[1])
+    for name, total in both.items():
+        torch.testing.assert_close(total, first[name] + second[name], msg=name)
