@@ -5,6 +5,7 @@ import os
 
 import ray
 
+LOOPBACK_ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for "find out yourself" and then listens on every interface
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, which silences its warning
@@ -26,10 +27,13 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return
+    # A private cluster asks for a token, which Ray makes and keeps for this user; it need not say so every time.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=num_cpus,
         include_dashboard=False,
         logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
+        log_to_driver=False,  # workers' output is in the run's logs; a killed one would print a page here
+        _node_ip_address=LOOPBACK_ADDRESS,
     )

@@ -109,8 +109,8 @@ def line_chart(
 
 def ticks(low: float, high: float, num: int) -> list[float]:
     """About `num` + 1 round numbers (1, 2, 2.5 or 5 times a power of ten apart) that enclose [low, high]."""
-    if not high > low:
-        margin = abs(high) * 0.1 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-200):  # too close to be told apart on an axis
+        margin = max(abs(high) * 0.1, 1e-9) if high else 1.0
         low, high = (0.0, high + margin) if low >= 0 else (low - margin, high + margin)
     rough = (high - low) / num
     power = 10.0 ** math.floor(math.log10(rough))

@@ -275,7 +275,7 @@ def _dataset(run_dir: Path, recipe: Mapping[str, object], notes: list[str]) -> d
     root = Path(str(stated)) if stated else run_dir / "dataset"
     try:
         return info.run(root)
-    except (PipelineError, OSError) as error:
+    except (PipelineError, OSError, ValueError, TypeError, KeyError) as error:  # a damaged dataset must not hide the run
         notes.append(f"The dataset cannot be shown: {error}")
         return {}
 
@@ -348,7 +348,12 @@ def _text(value: object) -> str:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jobs", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("jobs", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"short": short, "percent": percent, "duration": duration, "bytes": num_bytes, "count": lambda n: f"{n:,}"}
     return environment.get_template("report.html.j2")

@@ -196,8 +196,9 @@ def _video_stream(container: InputContainer, limits: LimitOptions) -> VideoStrea
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:
-        types = ", ".join(stream.type for stream in container.streams)
-        raise RejectedError(Reason.NO_VIDEO_STREAM, f"streams: {types}") if types else RejectedError(Reason.NOT_A_VIDEO, "no streams")
+        types = sorted({stream.type for stream in container.streams})
+        reason = Reason.NO_VIDEO_STREAM if {"audio", "subtitle"} & set(types) else Reason.NOT_A_VIDEO
+        raise RejectedError(reason, f"streams: {', '.join(types) or 'none'}")
     for other in container.streams:
         if other is not videos[0]:
             other.discard = av.stream.Discard.all

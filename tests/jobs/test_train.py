@@ -59,10 +59,13 @@ def test_world_size_changes_neither_stream_nor_losses(tmp_path: Path, motion_dat
     assert ours.keys() == theirs.keys()
     assert all({**ours[place][0], "attempt": 0} == {**theirs[place][0], "attempt": 0} for place in ours)
     assert np.allclose(losses(run), losses(reference), rtol=1e-4)
-    buffers = {name: array for name, array in run.tensors()[1].items() if name.startswith("buffer.")}
-    assert any("running_var" in name for name in buffers)
-    for name, array in buffers.items():
-        assert np.allclose(array, reference.tensors()[1][name], rtol=1e-3, atol=1e-5), name
+    # Variances only: a convolution's bias before a batch norm has a true gradient of zero, which Adam turns into steps of rounding
+    # noise; the mean follows that bias, nothing else does.
+    (_, mine), (_, expected) = run.tensors(), reference.tensors()
+    variances = [name for name in mine if name.endswith("running_var")]
+    assert variances
+    for name in variances:
+        assert np.allclose(mine[name], expected[name], rtol=1e-3), name
 
 
 def test_a_finished_run_is_skipped(reference: Run) -> None:

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import keyed
@@ -35,6 +35,7 @@ def test_the_reference_is_philox() -> None:
     assert philox([MASK] * 4, [MASK] * 2) == [0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0]
 
 
+@settings(deadline=None)
 @given(seed=WORDS, position=WORDS, purpose=st.sampled_from(Purpose), view=WORDS, count=st.integers(1, 13))
 def test_words_are_philox_under_the_key(seed: int, position: int, purpose: Purpose, view: int, count: int) -> None:
     blocks = [philox([block, purpose, view, 0], [seed, position]) for block in range(1, 5)]
@@ -73,6 +74,7 @@ def drawn(sampling: str, **change: object) -> ClipParameters:
     return clip_parameters(3, 11, clip=clip, **{**values, **change})
 
 
+@settings(deadline=None)
 @given(word=WORDS, bound=st.integers(1, 2**40))
 def test_numbers_are_in_range(word: int, bound: int) -> None:
     assert 0 <= keyed.to_int(word, bound) < bound
@@ -87,6 +89,7 @@ def test_numbers_are_uniform() -> None:
     assert ((counts - 2000) ** 2 / 2000).sum() < 6 + 6 * np.sqrt(12)
 
 
+@settings(deadline=None)
 @given(
     seed=WORDS,
     position=WORDS,
@@ -138,6 +141,7 @@ def test_training_frames_reach_every_start_and_every_place_of_a_segment() -> Non
     assert [set(column) for column in segments.T.tolist()] == [{0, 1, 2}, {2, 3, 4}, {4, 5, 6}, {6, 7, 8}]
 
 
+@settings(deadline=None)
 @given(seed=WORDS, position=WORDS, height=st.integers(8, 2000), width=st.integers(8, 2000))
 def test_crops_are_inside_and_exact_in_float32(seed: int, position: int, height: int, width: int) -> None:
     (y0, x0, y1, x1), _ = keyed.crop_parameters(height, width, AugmentOptions(), seed=seed, position=position)

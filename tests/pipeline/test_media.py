@@ -144,8 +144,7 @@ def test_resampling_counts_time(tmp_path: Path) -> None:
     numbers = numbers_of(out)
     assert report.num_frames == len(numbers)
     assert report.fps == 10
-    assert numbers[:16] == [1] + [2] * 7 + [4] * 8  # what is on screen at the ticks 0, 1 and 8, to the nearest tick
-    assert set(numbers[16:]) == {5}
+    assert numbers == [1] + [2] * 7 + [4] * 8  # what is on screen at the ticks 0, 1 and 8, to the nearest tick
 
 
 @settings(max_examples=60, deadline=None)

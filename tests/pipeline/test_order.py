@@ -26,6 +26,7 @@ def test_golden_values() -> None:
     assert samples.tolist() == [297015, 27546, 36324, 193626, 236232]
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, num_samples=st.integers(1, 700), epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(seed: int, num_samples: int, epoch: int) -> None:
     assert sorted(samples_of(Order(seed, num_samples), epoch)) == list(range(num_samples))
@@ -36,6 +37,7 @@ def test_edges_of_the_powers_of_two(num_samples: int) -> None:
     assert np.array_equal(np.sort(samples_of(Order(3, num_samples), 5)), np.arange(num_samples))
 
 
+@settings(deadline=None)
 @given(seed=SEEDS, num_samples=st.integers(1, 2**61), positions=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20))
 def test_a_position_alone_equals_the_position_in_a_batch(seed: int, num_samples: int, positions: list[int]) -> None:
     order = Order(seed, num_samples)
