@@ -3,27 +3,30 @@
 import logging
 import os
 
-import ray
-
-LOOPBACK_ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for "find out yourself" and then listens on every interface
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, which silences its warning
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_DEDUP_LOGS": "0",
+    # Our own supervisors say in a line what Ray says in a page when a worker dies.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",
 }
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)  # before Ray is imported, which reads some of them then
+
+import ray as ray  # noqa: E402 - also for the other rooms' use: whoever imports Ray must do so after the above
+
+LOOPBACK_ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for "find out yourself" and then advertises the machine's address
 
 
 def ensure_ray(num_cpus: int | None = None) -> None:
     """Connects this process to Ray unless it is connected already.
 
     num_cpus: what a private cluster offers to tasks and workers; None is every core. Ignored when a cluster is joined.
-    A private cluster listens on loopback, has no dashboard and ends with this process.
+    A private cluster advertises a loopback address, has no dashboard and ends with this process. Ray's gRPC ports still bind to all
+    interfaces; they refuse whoever lacks the token that Ray keeps in this user's home.
     """
     if ray.is_initialized():
         return
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return

@@ -7,10 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from typing import Any, TypeVar
 
-import ray
-
 from cluster.errors import ClusterError
-from cluster.ray_session import ensure_ray
+from cluster.ray_session import ensure_ray, ray
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -11,7 +11,6 @@ LayerNorm's scale and shift are folded into fc1, so layers that read the same x 
 sum of the layers before it instead of making its own.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -81,7 +80,9 @@ def sum_of_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid) 
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS).flatten(0, 3).t()  # (D, N), without a copy
     # Added one by one: through stack().sum() autograd would hand all biases gradients that share one memory, and accumulating
     # over micro-batches would count them twice.
-    out = functools.reduce(torch.add, [layer.fc2.bias for layer in layers])
+    out: Tensor = layers[0].fc2.bias
+    for layer in layers[1:]:
+        out = out + layer.fc2.bias
     for layer in layers:
         weight, bias = layer.fc1_rows()
         hidden = F.gelu(torch.addmm(bias[:, None], weight, normed))  # (r_e*D, N)

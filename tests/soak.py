@@ -70,9 +70,10 @@ def page() -> str:
     lines = [
         "# Soak: what was killed, and what it changed",
         "",
-        "Written by `make soak`. Every row is one build or training that was killed with SIGKILL at seeded moments, started again with the",
-        "same command, and compared with an uninterrupted one: shards and index byte by byte; every position, key, label, frame, crop and",
-        "tensor digest that any rank recorded; final weights and moments bit by bit; no process left over. A difference would have stopped it.",
+        "Written by `make soak`. Every row is one build or training that was killed with SIGKILL at seeded moments, started again with",
+        "the same command, and compared with an uninterrupted one: shards and index byte by byte; every position, key, label, frame,",
+        "crop and tensor digest that any rank recorded; final weights and moments bit by bit; no process left over.",
+        "A difference would have stopped it.",
         "",
         f"{machine['cores']} cores, {machine['cpu']}, Python {machine['python']}.",
         "",
@@ -85,9 +86,11 @@ def page() -> str:
         assert isinstance(kills, list)
         real = [kill for kill in kills if "over before" not in str(kill)]
         total[str(entry["kind"])] = total.get(str(entry["kind"]), 0) + len(real)
-        lines.append(f"| {entry['kind']} | {entry['seed']} | {'; '.join(map(str, kills))} | {entry.get('repeated', '')} | {entry['seconds']} |")
+        lines.append(
+            f"| {entry['kind']} | {entry['seed']} | {'; '.join(map(str, kills))} | {entry.get('repeated', '')} | {entry['seconds']} |"
+        )
     summary = ", ".join(f"{count} in {kind}" for kind, count in total.items())
-    lines.insert(7, f"**{sum(total.values())} kills** ({summary}): 0 differences.")
+    lines.insert(8, f"**{sum(total.values())} kills** ({summary}): 0 differences.")
     return "\n".join(lines) + "\n"
 
 

@@ -46,8 +46,12 @@ def plan(seed: int, kills: int, num_shards: int) -> list[Kill]:
     return sorted(drawn, key=lambda kill: (kill.shards, kill.delay_s))
 
 
-def soak(videos: Path, *, kills: int, seed: int) -> list[dict[str, object]]:
-    """One entry per killed build: seed, kills (as text), seconds. Raises AssertionError, with the seed, at the first difference."""
+def soak(videos: Path, *, kills: int, seed: int, wait_for_ray: bool = True) -> list[dict[str, object]]:
+    """One entry per killed build: seed, kills (as text), seconds. Raises AssertionError, with the seed, at the first difference.
+
+    wait_for_ray: also wait, at the end, for those processes of Ray that take a minute to leave.
+    """
+    slow: list[psutil.Process] = []
     entries: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="posmlp-soak-build-") as name:
         reference = Path(name) / "reference"
@@ -57,17 +61,18 @@ def soak(videos: Path, *, kills: int, seed: int) -> list[dict[str, object]]:
             began = time.monotonic()
             own = seed + number
             out = Path(name) / "killed"
-            told = _killed_build(videos, out, plan(own, min(KILLS_PER_BUILD, kills - first), num_shards), own)
+            told = _killed_build(videos, out, plan(own, min(KILLS_PER_BUILD, kills - first), num_shards), own, slow)
             _compare(reference, out, own)
             shutil.rmtree(out)
             entries.append({"seed": own, "kills": told, "seconds": round(time.monotonic() - began, 1)})
+    if wait_for_ray:
+        _assert_gone(slow, 120, seed)
     return entries
 
 
-def _killed_build(videos: Path, out: Path, kills: list[Kill], seed: int) -> list[str]:
-    """Builds `out` through all the kills and returns what happened."""
+def _killed_build(videos: Path, out: Path, kills: list[Kill], seed: int, slow: list[psutil.Process]) -> list[str]:
+    """Builds `out` through all the kills and returns what happened; processes in no hurry to leave are added to `slow`."""
     told: list[str] = []
-    slow: list[psutil.Process] = []
     finished: dict[str, tuple[int, int]] = {}
     driver = _start(videos, out)
     for kill in kills:
@@ -84,7 +89,6 @@ def _killed_build(videos: Path, out: Path, kills: list[Kill], seed: int) -> list
         if _wait(driver) == 0 and (out / "dataset.json").is_file():
             break
         driver = _start(videos, out)
-    _assert_gone(slow, 120, seed)
     for file, identity in finished.items():
         status = (out / file).stat()
         assert (status.st_ino, status.st_mtime_ns) == identity, f"seed {seed}: finished {file} was written again"

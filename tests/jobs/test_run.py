@@ -57,9 +57,7 @@ MISTAKES = [  # arguments, what the one message must name
 
 
 @pytest.mark.parametrize(("arguments", "parts"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
-def test_mistakes_are_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]
-) -> None:
+def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
     done = posmlp(*arguments)
     assert done.returncode == 1

@@ -1,6 +1,7 @@
 """The demo's videos: the same bytes again, nothing half-written, and a class that no single frame can tell."""
 
 import csv
+import itertools
 import os
 from collections import defaultdict
 from dataclasses import replace
@@ -100,9 +101,10 @@ def test_what_a_killed_call_left_does_not_count(tmp_path: Path, monkeypatch: pyt
     def kill(source: Path, target: Path) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr("jobs.synthesize.os.rename", kill)  # everything is written, nothing has its name yet
-        synthesize(tmp_path / "out", num_clips=18, seed=7)
+        with pytest.raises(Killed):
+            synthesize(tmp_path / "out", num_clips=18, seed=7)
     assert not (tmp_path / "out").exists()
     next(tmp_path.rglob("scene_001.mp4")).write_bytes(b"half")
     synthesize(tmp_path / "out", num_clips=18, seed=7)
@@ -143,13 +145,14 @@ def test_a_motion_only_shifts_where_a_scene_started(motion: str, frame: int, num
 
 def small(frames: Frames) -> npt.NDArray[np.float64]:
     """Grey pictures (T, 32, 32) in [0, 1]."""
-    return frames.mean(axis=3).reshape(len(frames), 32, SIZE // 32, 32, SIZE // 32).mean(axis=(2, 4)) / 255
+    blocks = frames.mean(axis=3).reshape(len(frames), 32, SIZE // 32, 32, SIZE // 32)
+    return np.asarray(blocks.mean(axis=(2, 4)) / 255)
 
 
 def motion_features(grey: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Least-squares shift of each frame to the next (x, y): its mean, and how large it is without its sign."""
     shifts = []
-    for before, after in zip(grey, grey[1:], strict=False):
+    for before, after in itertools.pairwise(grey):
         slope_y, slope_x = np.gradient((before + after) / 2)
         weight = np.abs(after - before) > 0.02
         slopes = np.stack([slope_x[weight], slope_y[weight]], axis=1)
