@@ -5,6 +5,7 @@ trained beside it and shown in the report. Running the command again resumes, or
 """
 
 import os
+import re
 import signal
 import threading
 import time
@@ -17,15 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.lease import read_attempts
-from cluster.metrics import merge_steps, read_metrics
 from jobs import build, evaluate, report, train
 from jobs.recipe import Recipe, load_recipe
 from jobs.run_folder import open_dataset, total_steps
 from jobs.synthesize import synthesize
 
-NUM_CLIPS = 84
+NUM_CLIPS = 90
 SINGLE_FRAME = "single_frame"  # folder of the second run, inside the first one's
-POLL_S = 0.05
+POLL_S = 0.1
+TAIL_BYTES = 4096  # several lines of metrics
 
 
 def run(out: Path) -> None:
@@ -70,10 +71,10 @@ def _kill_one_worker(run_dir: Path, every: int, steps: int) -> Iterator[None]:
             attempts = read_attempts(run_dir)
             if len(attempts) > 1:
                 return  # it has happened, in this call or an earlier one
-            done = merge_steps(read_metrics(run_dir / "metrics.jsonl"))
+            step = _last_step(run_dir / "metrics.jsonl")
             pids = attempts[0].get("pids") if attempts else None
-            if done and int(str(done[-1]["step"])) >= due and isinstance(pids, list):
-                click.echo(f"demo: killing worker {len(pids) - 1} (process {pids[-1]}) after step {done[-1]['step']}", err=True)
+            if step >= due and isinstance(pids, list):
+                click.echo(f"demo: killing worker {len(pids) - 1} (process {pids[-1]}) after step {step}", err=True)
                 os.kill(int(pids[-1]), signal.SIGKILL)
                 return
 
@@ -84,6 +85,16 @@ def _kill_one_worker(run_dir: Path, every: int, steps: int) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def _last_step(metrics: Path) -> int:
+    """The last step written so far, 0 when there is none; reads the file's end only."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        found = re.findall(rb'"step": (\d+)', file.read())
+    return int(found[-1]) if found else 0
 
 
 def _summary(num_items: int, num_quarantined: int, result: Mapping[str, object], run_dir: Path, path: Path, seconds: float) -> None:
