@@ -116,6 +116,39 @@ def demo(out: Path) -> None:
     verb.run(out)
 
 
+@posmlp.group()
+def bench() -> None:
+    """Measurements that anyone can repeat; what they gave us is in docs/benchmarks.md."""
+
+
+@bench.command("scale")
+def bench_scale() -> None:
+    """Index and order of 10^3 to 10^7 items: time and memory of one rank."""
+    from jobs import bench_scale as verb
+
+    click.echo(verb.table(verb.run()))
+
+
+@bench.command("memory")
+@click.option("--videos", "num_videos", default=10_000, show_default=True, help="How many small videos are made, built and loaded.")
+def bench_memory(num_videos: int) -> None:
+    """Resident memory of a build and of loader passes over many small videos."""
+    from jobs import bench_memory as verb
+
+    for name, value in verb.run(num_videos).items():
+        click.echo(f"{name}: {value}")
+
+
+@bench.command("model")
+@click.option("--presets", default="posmlp_s", show_default=True, help="Comma-separated.")
+@click.option("--repeats", default=3, show_default=True, help="Interleaved repeats of each measurement.")
+def bench_model(presets: str, repeats: int) -> None:
+    """Clips per CPU-second against the released formulation, forward and backward, float32 and bf16."""
+    from jobs import bench_model as verb
+
+    verb.print_table(verb.run(presets.split(","), repeats=repeats))
+
+
 def main() -> None:
     """Entry point: a user's error is one message on standard error and exit code 1, never a traceback."""
     from jobs.errors import JobError, user_errors

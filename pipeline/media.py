@@ -144,12 +144,12 @@ def write_video(path: Path, frames: Iterable[npt.NDArray[np.uint8]], fps: float,
     if first is None:
         raise ValueError("frames: got none, expected at least one")
     height, width = first.shape[:2]
-    reformatter = VideoReformatter()
+    recolour = _Recolour()
 
     def convert(array: npt.NDArray[np.uint8]) -> VideoFrame:
         if array.shape != (height, width, 3) or height % 2 or width % 2:
             raise ValueError(f"frame: got shape {array.shape}, expected ({height}, {width}, 3) with even sides")
-        return _reformat(reformatter, VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24"), width, height)
+        return recolour(VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24"), width, height)
 
     images = chain([convert(first)], map(convert, iterator))
     return _encode(path, images, (width, height), Fraction(fps).limit_denominator(1001), encode)
@@ -296,12 +296,12 @@ class _Canonical:
         assert matrix is None or isinstance(matrix, SideData)
         self._transpose, self._flip_rows, self._flip_columns = orientation(b"" if matrix is None else bytes(matrix))
         self.width, self.height = self._size[::-1] if self._transpose else self._size
-        self._reformatter = VideoReformatter()
+        self._recolour = _Recolour()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         """A new yuv420p frame that carries pixels only: no timestamps, picture types or side data of the source."""
         width, height = self._size
-        flat = np.asarray(_reformat(self._reformatter, frame, width, height).to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
+        flat = np.asarray(self._recolour(frame, width, height).to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
         area = width * height
         planes = np.split(flat.reshape(-1), [area, area + area // 4])
         shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]
@@ -313,22 +313,43 @@ class _Canonical:
         return plane[:: -1 if self._flip_rows else 1, :: -1 if self._flip_columns else 1]
 
 
-def _reformat(reformatter: VideoReformatter, frame: VideoFrame, width: int, height: int) -> VideoFrame:
-    """Scaled, and converted to yuv420p in BT.709 limited range from whatever matrix and range the frame says, or its size suggests."""
-    untagged = Colorspace.ITU709 if frame.width >= HD_WIDTH or frame.height >= HD_HEIGHT else Colorspace.ITU601
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    return reformatter.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="yuv420p",
-        src_colorspace=None if frame.format.is_rgb else _MATRICES.get(frame.colorspace, untagged),
-        dst_colorspace=Colorspace.ITU709,
-        interpolation=SWS,
-        src_color_range=None if frame.format.is_rgb else ColorRange.JPEG if full else ColorRange.MPEG,
-        dst_color_range=ColorRange.MPEG,
-        threads=1,
-    )
+class _Recolour:
+    """Scales, and converts to yuv420p in BT.709 limited range from whatever matrix and range a frame says, or its size suggests.
+
+    From another matrix it goes through planar RGB: swscale's direct way from BT.601 makes white (235) 233, this way is true to 1.
+    """
+
+    def __init__(self) -> None:
+        self._scale, self._convert = VideoReformatter(), VideoReformatter()
+
+    def __call__(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:
+        untagged = Colorspace.ITU709 if frame.width >= HD_WIDTH or frame.height >= HD_HEIGHT else Colorspace.ITU601
+        matrix = None if frame.format.is_rgb else _MATRICES.get(frame.colorspace, untagged)
+        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        direct = matrix == Colorspace.ITU709
+        scaled = self._scale.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="yuv420p" if direct else "gbrp",
+            src_colorspace=matrix,
+            dst_colorspace=Colorspace.ITU709 if direct else None,
+            interpolation=SWS,
+            src_color_range=None if matrix is None else ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.MPEG if direct else ColorRange.JPEG,
+            threads=1,
+        )
+        if direct:
+            return scaled
+        return self._convert.reformat(
+            scaled,
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            interpolation=SWS,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,
+        )
 
 
 def _configure(context: VideoCodecContext, size: tuple[int, int], rate: Fraction, encode: EncodeOptions) -> None:
