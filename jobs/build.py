@@ -99,6 +99,7 @@ def run(
             shards = deal(manifest.sources, ratio=ratio, shard_bytes=shard_size_mib << 20, seed=seed)
             tasks = _tasks(shards, manifest, videos, out, encode, limits)
             _build_shards(out, tasks, [len(shard) for shard in shards], num_cpus)
+            _remove_leftovers(out)  # of tasks that died and were run again
             return _finish(out, len(shards), manifest, {**request, "source_ratio": ratio})
 
 

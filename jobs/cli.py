@@ -7,10 +7,15 @@ check, 2 wrong usage (click), 130 interrupted.
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help="Short for launch.launcher=...; local is without Ray.")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -25,15 +30,21 @@ def posmlp() -> None:
     """
 
 
-@posmlp.command()
-@click.argument("recipe")
-@OVERRIDES
-def run(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Build, train, evaluate and report; what is finished is skipped, what was interrupted resumes."""
-    from jobs import run as verb
+def _load(recipe: str, overrides: tuple[str, ...], launcher: str | None) -> "Recipe":
     from jobs.recipe import load_recipe
 
-    verb.run(load_recipe(recipe, overrides))
+    return load_recipe(recipe, [*overrides, *([f"launch.launcher={launcher}"] if launcher else [])])
+
+
+@posmlp.command()
+@click.argument("recipe")
+@LAUNCHER
+@OVERRIDES
+def run(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None:
+    """Build, train, evaluate and report; what is finished is skipped, what was interrupted resumes."""
+    from jobs import run as verb
+
+    verb.run(_load(recipe, overrides, launcher))
 
 
 @posmlp.group()
@@ -85,13 +96,13 @@ def data_info(folder: Path, as_json: bool) -> None:
 
 @posmlp.command()
 @click.argument("recipe")
+@LAUNCHER
 @OVERRIDES
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
+def train(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None:
     """Train on a built dataset (data.dir) until the recipe's last step."""
     from jobs import train as verb
-    from jobs.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = _load(recipe, overrides, launcher)
     step = verb.run(loaded)
     click.echo(f"{loaded.run_dir}: trained to step {step}")
 

@@ -33,7 +33,7 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=f"{self._rate()} {note}")
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S or self._done >= self._total:
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S or (count and self._done >= self._total):
             self._print(note)
 
     def _rate(self) -> str:

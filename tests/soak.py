@@ -1,7 +1,7 @@
 """make soak: seeded kills for a budget of minutes, continued where the last call stopped; writes docs/soak.md.
 
-Each round kills one build, some local trainings and, every fourth round, one training under Ray; each is compared with its
-uninterrupted reference. The first difference ends the soak with its seed, which repeats the same plan of kills.
+Each round kills some local trainings, some under Ray, and a build; each is compared with an uninterrupted one. The first difference
+ends the soak with its seed, which repeats the same plan of kills.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tests.jobs import soak_build, soak_train
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / ".soak" / "results.jsonl"
 PAGE = ROOT / "docs" / "soak.md"
-TRAININGS_PER_ROUND = 3
+KILLS = {"local": 8, "ray": 2, "build": 2}  # in a round
 
 
 def main() -> None:
@@ -35,23 +35,22 @@ def main() -> None:
         synthesize(folder / "videos", num_clips=24, seed=1)
         paths = {"videos": str(folder / "videos"), "labels": str(folder / "videos" / "labels.csv"), "dir": str(folder / "dataset")}
         build.build_dataset(parse_overrides({"data": paths}, []))
+        reference = soak_train.Run(folder / "reference", folder / "dataset")
+        reference.finish()
         while time.monotonic() < end:
-            _round(folder, len(_results()) * 1000 + options.seed, end)
+            _round(folder, reference, len(_results()) * 1000 + options.seed)
             write_text(PAGE, page())
 
 
-def _round(folder: Path, seed: int, end: float) -> None:
-    number = len(_results())
-    _keep("build", soak_build.soak(folder / "videos", kills=2, seed=seed))
-    launchers = ["local"] * TRAININGS_PER_ROUND + (["ray"] if number % 4 == 0 else [])
-    for launcher in launchers:
-        if time.monotonic() > end:
-            return
+def _round(folder: Path, reference: soak_train.Run, seed: int) -> None:
+    for launcher, kills in KILLS.items():
         work = folder / f"{launcher}-{seed}"
-        more = [f"launch.launcher={launcher}", *(["launch.cpus_per_worker=1"] if launcher == "ray" else [])]
-        _keep(f"training, {launcher}", soak_train.soak(work, folder / "dataset", 2, seed, *more))
-        shutil.rmtree(work)
-        seed += 100
+        if launcher == "build":
+            _keep("build", soak_build.soak(folder / "videos", kills=kills, seed=seed))
+        else:
+            more = [f"launch.launcher={launcher}", "launch.cpus_per_worker=1"]
+            _keep(f"training, {launcher}", soak_train.soak(work, reference, folder / "dataset", kills, seed, *more))
+            shutil.rmtree(work)
 
 
 def _keep(kind: str, entries: list[dict[str, object]]) -> None:
@@ -84,8 +83,7 @@ def page() -> str:
     for entry in _results():
         kills = entry["kills"]
         assert isinstance(kills, list)
-        real = [kill for kill in kills if "over before" not in str(kill)]
-        total[str(entry["kind"])] = total.get(str(entry["kind"]), 0) + len(real)
+        total[str(entry["kind"])] = total.get(str(entry["kind"]), 0) + len(soak_train.done(kills))
         lines.append(
             f"| {entry['kind']} | {entry['seed']} | {'; '.join(map(str, kills))} | {entry.get('repeated', '')} | {entry['seconds']} |"
         )
