@@ -18,6 +18,8 @@ PURE = [
     "pipeline.requests",
     "pipeline.prefetch",
     "pipeline.quarantine",
+    "pipeline.canonical",
+    "pipeline.durable",
     "cluster.errors",
     "cluster.options",
     "cluster.topology",

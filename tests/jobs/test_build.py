@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -179,6 +180,19 @@ def test_resumes_what_is_there_and_removes_leftovers(built: Path, videos: Path, 
     assert {name: value[2] for name, value in after.items() if name != build.LOCK} == {
         name: value[2] for name, value in reference.items() if name != build.LOCK
     }
+
+
+def test_a_dead_tasks_leftovers_go(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A task that dies is run again by Ray within the same build; what it had begun must not stay in a finished dataset.
+    whole = build._build_shards
+
+    def with_a_death(out: Path, *others: Any) -> None:
+        whole(out, *others)
+        (out / "shards" / ".shard-000001.tar.77-00.tmp").write_bytes(b"half")
+
+    monkeypatch.setattr(build, "_build_shards", with_a_death)
+    make(videos, tmp_path / "dataset")
+    assert not [path for path in (tmp_path / "dataset").rglob("*") if path.name.endswith(".tmp")]
 
 
 def _interrupt(*_: object) -> DatasetInfo:
