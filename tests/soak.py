@@ -20,6 +20,7 @@ from tests.jobs import soak_build, soak_train
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / ".soak" / "results.jsonl"
 PAGE = ROOT / "docs" / "soak.md"
+HEADER = "| kind | seed | kills | micro-batches run again | seconds |"
 KILLS = {"local": 8, "ray": 2, "build": 2}  # in a round
 
 
@@ -76,7 +77,7 @@ def page() -> str:
         "",
         f"{machine['cores']} cores, {machine['cpu']}, Python {machine['python']}.",
         "",
-        "| kind | seed | kills | micro-batches run again | seconds |",
+        HEADER,
         "|---|---|---|---|---|",
     ]
     total: dict[str, int] = {}
@@ -88,7 +89,7 @@ def page() -> str:
             f"| {entry['kind']} | {entry['seed']} | {'; '.join(map(str, kills))} | {entry.get('repeated', '')} | {entry['seconds']} |"
         )
     summary = ", ".join(f"{count} in {kind}" for kind, count in total.items())
-    lines.insert(8, f"**{sum(total.values())} kills** ({summary}): 0 differences.")
+    lines.insert(lines.index(HEADER), f"**{sum(total.values())} kills** ({summary}): 0 differences.\n")
     return "\n".join(lines) + "\n"
 
 
