@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 
 from jobs import build
+from jobs.beside import beside
 from jobs.progress import Progress
 from jobs.recipe import parse_overrides
 from jobs.synthesize import CLASSES, film, make_scene
@@ -65,9 +66,9 @@ def _make_videos(folder: Path, num_videos: int) -> None:
 def _watched() -> Iterator[list[tuple[float, float]]]:
     """Collects (resident MiB of this process, of its largest descendant) while the block runs."""
     samples: list[tuple[float, float]] = []
-    stop, own = threading.Event(), psutil.Process()
+    own = psutil.Process()
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         while not stop.is_set():
             others = []
             for child in own.children(recursive=True):
@@ -78,13 +79,8 @@ def _watched() -> Iterator[list[tuple[float, float]]]:
             samples.append((own.memory_info().rss / 2**20, max(others, default=0) / 2**20))
             stop.wait(SAMPLE_S)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with beside(watch):
         yield samples
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _loader(dataset: Dataset, passes: int) -> list[int]:

@@ -9,8 +9,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from cluster.lease import read_attempts
 from jobs import build, evaluate, report, train
+from jobs.beside import beside
 from jobs.recipe import Recipe, load_recipe
 from jobs.run_folder import open_dataset, total_steps
 from jobs.synthesize import synthesize
@@ -60,13 +61,11 @@ def _single_frame(recipe: Recipe) -> dict[str, object]:
     return {"name": "the same model on single frames", "top1": evaluate.run(single.run_dir)["top1"]}
 
 
-@contextmanager
-def _kill_one_worker(run_dir: Path, every: int, steps: int) -> Iterator[None]:
+def _kill_one_worker(run_dir: Path, every: int, steps: int) -> AbstractContextManager[None]:
     """While the block runs: SIGKILL to one worker, once, half-way and between two checkpoints."""
-    stop = threading.Event()
     due = max(1, steps // 2 // every * every + every // 2)
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         while not stop.wait(POLL_S):
             attempts = read_attempts(run_dir)
             if len(attempts) > 1:
@@ -78,13 +77,7 @@ def _kill_one_worker(run_dir: Path, every: int, steps: int) -> Iterator[None]:
                 os.kill(int(pids[-1]), signal.SIGKILL)
                 return
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return beside(watch)
 
 
 def _last_step(metrics: Path) -> int:

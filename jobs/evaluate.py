@@ -9,8 +9,8 @@ import math
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from cluster import lease
 from cluster.topology import Worker, num_micro_batches
+from jobs.beside import beside
 from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
@@ -90,12 +91,10 @@ def _evaluate_missing(recipe: Recipe, number: int, parts: Path, total: int) -> N
         )
 
 
-@contextmanager
-def _follow(parts: Path, progress: Progress, done: int) -> Iterator[None]:
+def _follow(parts: Path, progress: Progress, done: int) -> AbstractContextManager[None]:
     """Shows parts on `progress` as they appear, whichever process writes them."""
-    stop = threading.Event()
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         shown = done
         while not stop.wait(POLL_S):
             now = len(finished_parts(parts))
@@ -104,13 +103,7 @@ def _follow(parts: Path, progress: Progress, done: int) -> Iterator[None]:
                 shown = now
         progress.advance(len(finished_parts(parts)) - shown)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return beside(watch)
 
 
 def finished_parts(parts: Path) -> dict[int, Path]:

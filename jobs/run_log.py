@@ -5,12 +5,14 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cluster.metrics import MetricsWriter
 from cluster.topology import Worker
+from jobs.beside import beside
 from jobs.progress import Progress
 from jobs.recipe import Recipe
 
@@ -105,18 +107,10 @@ def _trace_line(batch: "Batch") -> dict[str, object]:
     }
 
 
-@contextmanager
-def follow(metrics: Path, progress: Progress, done: int) -> Iterator[None]:
+def follow(metrics: Path, progress: Progress, done: int) -> AbstractContextManager[None]:
     """Shows steps on `progress` as they appear in `metrics`, whichever process of which machine writes them."""
-    stop = threading.Event()
     offset = metrics.stat().st_size if metrics.is_file() else 0
-    thread = threading.Thread(target=_tail, args=(metrics, offset, progress, done, stop), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return beside(partial(_tail, metrics, offset, progress, done))
 
 
 def _tail(metrics: Path, offset: int, progress: Progress, done: int, stop: threading.Event) -> None:
