@@ -1,18 +1,11 @@
 """From a recipe to a model, and from a checkpoint to the same model with its weights."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from cluster.checkpoint import Checkpoint, model_state
 from cluster.errors import CheckpointError
 from jobs.recipe import Recipe
 from model.posmlp import PosMLPVideo
-
-if TYPE_CHECKING:
-    from cluster.checkpoint import Checkpoint
 
 
 def build_model(recipe: Recipe, num_classes: int) -> PosMLPVideo:
@@ -21,10 +14,10 @@ def build_model(recipe: Recipe, num_classes: int) -> PosMLPVideo:
     return PosMLPVideo(recipe.network(num_classes))
 
 
-def load_trained(recipe: Recipe, num_classes: int, checkpoint: "Checkpoint") -> PosMLPVideo:
+def load_trained(recipe: Recipe, num_classes: int, checkpoint: Checkpoint) -> PosMLPVideo:
     """The model in evaluation mode with a checkpoint's weights and statistics. Raises CheckpointError where they do not fit."""
     model = build_model(recipe, num_classes)
-    weights = _named(checkpoint.load(), ("model.", "buffer."))
+    weights = model_state(checkpoint.load())
     wanted = model.state_dict()
     wrong = [name for name, tensor in wanted.items() if name not in weights or weights[name].shape != tuple(tensor.shape)]
     if wrong:
@@ -34,8 +27,3 @@ def load_trained(recipe: Recipe, num_classes: int, checkpoint: "Checkpoint") -> 
         )
     model.load_state_dict({name: torch.from_numpy(weights[name]) for name in wanted})
     return model.eval()
-
-
-def _named(tensors: Mapping[str, npt.NDArray[np.generic]], prefixes: tuple[str, ...]) -> dict[str, npt.NDArray[np.generic]]:
-    """Tensors under any of the prefixes, without it."""
-    return {name.removeprefix(prefix): array for name, array in tensors.items() for prefix in prefixes if name.startswith(prefix)}
