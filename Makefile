@@ -1,11 +1,11 @@
-# make demo | make test | make lint | make soak BUDGET_MIN=20 SEED=1 | make constraints
+# make demo [VIDEOS=dir [LABELS=file]] | make test | make lint | make soak BUDGET_MIN=20 SEED=1 | make constraints
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUDGET_MIN ?= 20
 SEED   ?= 1
-.PHONY: demo test lint soak constraints clean
+.PHONY: demo test lint soak docs constraints clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/posmlp demo
+	$(BIN)/posmlp demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(LABELS),--labels '$(LABELS)')
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -28,6 +28,10 @@ lint: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --budget-min $(BUDGET_MIN) --seed $(SEED)
+
+# The pages that are made from the code.
+docs: $(STAMP)
+	$(BIN)/python -m jobs.recipe_reference > docs/recipe.md
 
 # Resolves the newest allowed versions in a fresh environment and pins them.
 constraints:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class BatchNormStatistics:
     """Owns the running statistics of every batch norm in `model` that tracks them. Sets their momentum to 1.
 
-    Per step: `begin`, then `add` after each forward, then `finish` with the mean of `total` over the global batch.
+    Per step: `begin`, then `add` after each forward, then `finish` with the mean of `total` over the global batch, or `discard`.
     A module that runs several times in one forward counts its last run. Modules in evaluation mode are left alone.
     """
 
@@ -37,6 +37,13 @@ class BatchNormStatistics:
 
     def finish(self, mean: Tensor) -> None:
         """Blends `mean` (shape of `total`: the mean over all A micro-batches) into the running statistics; counts one batch."""
+        self._blend(mean, 1)
+
+    def discard(self) -> None:
+        """Puts the statistics back as they were before the step."""
+        self._blend(self._before, 0)
+
+    def _blend(self, mean: Tensor, counted: int) -> None:
         offset = 0
         for index, tracked in zip(self._active, self._tracked, strict=True):
             momentum = self._momenta[index]
@@ -45,7 +52,7 @@ class BatchNormStatistics:
                 part = slice(offset, offset + buffer.numel())
                 buffer.copy_(torch.lerp(self._before[part], mean[part], share))
                 offset += buffer.numel()
-            self._tracked_of(index).copy_(tracked + 1)
+            self._tracked_of(index).copy_(tracked + counted)
 
     def _buffers(self, index: int) -> tuple[Tensor, Tensor]:
         module = self._modules[index]

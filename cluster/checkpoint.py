@@ -16,32 +16,25 @@ import os
 import re
 import secrets
 import shutil
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cluster.errors import CheckpointError
+from cluster.tensor_file import BLOCK_BYTES
+from cluster.tensor_file import Array as Array
+from cluster.tensor_file import write_safetensors as write_safetensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
-BLOCK_BYTES = 4 << 20
 _NAME = re.compile(r"step-(\d{8,})-(\d{6,})-[0-9a-f]{8}")
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-
-Array: TypeAlias = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +81,17 @@ def _assemble(entry: object, folder: Path, files: dict[str, dict[str, Array]]) -
 
 
 class CheckpointStore:
-    """The checkpoints of one run under `root`. keep: how many whole ones stay. One writer at a time; readers need no lock."""
+    """The checkpoints of one run under `root`. keep: how many whole ones stay. One writer at a time; readers need no lock.
 
-    def __init__(self, root: Path, keep: int) -> None:
+    absent: what the meta of older checkpoints means where it says nothing: the defaults of keys that were not there yet.
+    save_s: how long the last finished save took.
+    """
+
+    def __init__(self, root: Path, keep: int, absent: Mapping[str, object] | None = None) -> None:
         self._root = root
         self._keep = keep
+        self._absent = absent or {}
+        self.save_s = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -131,6 +130,7 @@ class CheckpointStore:
             raise error
 
     def _save(self, step: int, tensors: Mapping[str, Array], meta: Mapping[str, object], fence: Callable[[], None]) -> None:
+        began = time.perf_counter()
         fence()
         number = max((number for number, _ in self._folders()), default=0) + 1
         folder = self._root / f"step-{step:08d}-{number:06d}-{secrets.token_hex(4)}"
@@ -168,6 +168,7 @@ class CheckpointStore:
             ) from error
         fence()
         self._remove_old()
+        self.save_s = time.perf_counter() - began
 
     def _folders(self) -> list[tuple[int, Path]]:
         """(number, folder) of everything that looks like a checkpoint, whole or not, newest first."""
@@ -191,9 +192,13 @@ class CheckpointStore:
         return [found for found in (_read(folder) for _, folder in self._folders()) if isinstance(found, Checkpoint)]
 
     def newest(self, expect: Mapping[str, object] | None = None, *, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose bytes are whole; None when there is none. Damaged ones are skipped, telling `warn`.
+        """The newest checkpoint whose bytes are whole; None when there is none. See `whole`."""
+        return next(self.whole(expect, warn=warn), None)
 
-        expect: values that its meta must have (fingerprints). Raises CheckpointError that prints both when they differ.
+    def whole(self, expect: Mapping[str, object] | None = None, *, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
+        """Checkpoints whose bytes are whole, newest first, each checked when it is asked for. Damaged ones are skipped, telling `warn`.
+
+        expect: values that their meta must have (fingerprints). Raises CheckpointError that prints both when they differ.
         """
         for _, folder in self._folders():
             if not (folder / MANIFEST).exists():
@@ -203,9 +208,8 @@ class CheckpointStore:
             if isinstance(found, str) or problem:
                 warn(f"{folder} is damaged ({problem}): it is skipped for the one before.")
                 continue
-            _compare(found, expect or {})
-            return found
-        return None
+            _compare(found, expect or {}, self._absent)
+            yield found
 
     def at(self, number: int) -> Checkpoint:
         """The checkpoint of that number, which another process has found whole. Raises CheckpointError when it is gone."""
@@ -213,6 +217,15 @@ class CheckpointStore:
             if found == number and isinstance(checkpoint := _read(folder), Checkpoint):
                 return checkpoint
         raise CheckpointError(f"{self._root} has no checkpoint number {number}. Do all workers see the same run.dir?")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in one folder, its bytes compared with their digests. Raises CheckpointError saying what is wrong."""
+    found = _read(folder)
+    problem = found if isinstance(found, str) else _damage(folder)
+    if isinstance(found, str) or problem:
+        raise CheckpointError(f"{folder} is damaged: {problem}. Use another checkpoint.")
+    return found
 
 
 def _read(folder: Path) -> Checkpoint | str:
@@ -252,9 +265,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _compare(found: Checkpoint, expect: Mapping[str, object]) -> None:
+def _compare(found: Checkpoint, expect: Mapping[str, object], absent: Mapping[str, object]) -> None:
     for key, value in expect.items():
-        wanted, got = json.loads(json.dumps(value)), found.meta.get(key)
+        wanted, got = (json.loads(json.dumps(of)) for of in (value, found.meta.get(key, absent.get(key))))
         if wanted != got:
             raise CheckpointError(
                 f"{found.path} is of another run: its {key} is {got!r}, this run's is {wanted!r}. "
@@ -262,40 +275,14 @@ def _compare(found: Checkpoint, expect: Mapping[str, object]) -> None:
             )
 
 
-def model_state(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The weights and buffers among a checkpoint's arrays, named as the model's own state dict names them."""
-    prefixes = ("model.", "buffer.")
-    return {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(prefixes)}
+def model_state(tensors: Mapping[str, Array], *, averaged: bool = True) -> dict[str, Array]:
+    """The weights and buffers among a checkpoint's arrays, named as the model's own state dict names them.
 
-
-def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> tuple[int, str]:
-    """Writes arrays as one safetensors file, synced; returns its size in bytes and SHA-256.
-
-    Ours instead of the library's writer, because that holds all bytes a second time in memory and they must be digested anyway.
-    Format: 8 bytes length of the header, JSON header (dtype, shape, offsets), then the data, little-endian and without gaps.
+    averaged: the running average of those that have one (`optimizer.ema`) instead of their last values.
     """
-    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so that every tensor is aligned
-    header, offset = {}, 0
-    for name in order:
-        value = arrays[name]
-        if value.dtype.name not in _DTYPES or value.dtype.byteorder == ">":
-            raise CheckpointError(f"'{name}' has dtype {value.dtype}, which checkpoints cannot hold; expected one of {', '.join(_DTYPES)}.")
-        header[name] = {"dtype": _DTYPES[value.dtype.name], "shape": value.shape, "data_offsets": [offset, offset + value.nbytes]}
-        offset += value.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb", buffering=0) as file:
-        prefix = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
-        for data in (prefix, *(arrays[name].reshape(-1).view(np.uint8) for name in order)):
-            view = data.data
-            while view:  # a write to a full disk may be partial
-                written = file.write(view[:BLOCK_BYTES])
-                digest.update(view[:written])
-                view = view[written:]
-        os.fsync(file.fileno())
-    return 8 + len(text) + offset, digest.hexdigest()
+    prefixes = ("model.", "buffer.", "ema.") if averaged else ("model.", "buffer.")
+    last_first = sorted(tensors, key=lambda name: name.startswith("ema."))  # so that an average replaces the last value
+    return {name.split(".", 1)[1]: tensors[name] for name in last_first if name.startswith(prefixes)}
 
 
 def _sync_folder(folder: Path) -> None:

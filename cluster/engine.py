@@ -1,23 +1,19 @@
-"""One optimizer step of a gang, and its whole state: the only file that knows DeepSpeed.
+"""One optimizer step of a gang, and its whole state.
 
 Parameters and AdamW's moments are float32 at every ZeRO stage; `precision` is that of forward and backward, under autocast, so
 gradients and their reduction are float32 too. A step is the mean over the A micro-batches of the global batch however many ranks
 share them: torch is seeded by (seed, step, micro-batch) before each forward, batch-norm statistics are averaged (`batch_norm`), the
 learning rate is a function of the step. So no random state, scheduler or world size is ever saved.
 
-DeepSpeed is used for partitioning (ZeRO 1 to 3), accumulation and reduction; not for its checkpoints, mixed precision or schedules.
-What its public functions do not cover (moments before the first step, Adam's step count, working copies of the weights) is done here
-on its partitions, for DeepSpeed 0.19.
+With `optimizer.ema` a running average of the weights is kept in float32, for evaluation (`checkpoint.model_state`): of the parameters
+beside AdamW's moments (`zero`), of floating buffers, batch-norm statistics among them, with the same decay, on every rank.
 """
 
 import hashlib
 import math
-import os
 import struct
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -25,27 +21,38 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.batch_norm import BatchNormStatistics
-from cluster.errors import CheckpointError, ClusterError
+from cluster.errors import CheckpointError
+from cluster.guard import Guard
 from cluster.options import EngineOptions, OptimizerOptions
-from cluster.schedule import learning_rate
+from cluster.schedule import average_decay, learning_rate
 from cluster.topology import Worker, micro_batches_of
+from cluster.zero import AVERAGE, PartitionedAdamW, parameter_groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "optimizer.step"
-BUCKET = 50_000_000  # elements reduced at once; DeepSpeed's default allocates ten times as many
+LOSSES = "optimizer.losses"  # what the guard remembers; there only if it was asked to
 
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Of one optimizer step, equal on all ranks: mean loss over the global batch, gradient norm before clipping, learning rate."""
+    """Of one optimizer step, equal on all ranks: mean loss over the global batch, gradient norm before clipping, learning rate.
+
+    skipped: why nothing was applied, as in "loss of step 7 is nan". stop: some rank was asked to stop.
+    """
 
     loss: float
     grad_norm: float
     lr: float
+    skipped: str | None = None
+    stop: bool = False
+
+
+def _nobody_asks() -> bool:
+    return False
 
 
 class _Objective(nn.Module):
@@ -68,7 +75,8 @@ class Engine:
     """Trains `model` in place. Every rank of the gang builds one, from equal arguments, after `torch.distributed` is up.
 
     total_steps: of the whole run, for the schedule. num_micro_batches: A. no_weight_decay: parameter names that are not decayed,
-    beside every parameter of at most one dimension. seed: of dropout and the like. Rank 0's parameters are the ones that count.
+    beside every parameter of at most one dimension. rate_scales: parameter name -> factor of its learning rate, where not 1.
+    seed: of dropout and the like. Rank 0's parameters are the ones that count; those that require no gradient are frozen.
     """
 
     def __init__(
@@ -81,97 +89,127 @@ class Engine:
         num_micro_batches: int,
         worker: Worker,
         no_weight_decay: Collection[str] = (),
+        rate_scales: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model.to(worker.device)
         self.device = torch.device(worker.device)
         self.precision = _precision(options.precision, self.device)
         self._options = optimizer
-        self._stage = options.zero_stage
         self._total_steps = total_steps
         self._num_micro_batches = num_micro_batches
         self._micro_batches = micro_batches_of(worker.rank, worker.world_size, num_micro_batches)
         self._rank = worker.rank
         self._seed = seed
+        self._guard = Guard(optimizer)
         self._batch_norm = BatchNormStatistics(model)
         persistent = set(model.state_dict())
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._objective = _Objective(model, self.device.type, torch.bfloat16 if self.precision == "bf16" else None)
-        self._adam = torch.optim.AdamW(
-            _groups(model, optimizer.weight_decay, no_weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        self._zero = PartitionedAdamW(
+            self._objective,
+            model,
+            parameter_groups(model, optimizer.weight_decay, no_weight_decay, rate_scales or {}),
+            options=optimizer,
+            stage=options.zero_stage,
+            accumulation=len(self._micro_batches),
+            averaged=bool(optimizer.ema),
+            device=self.device,
         )
-        deepspeed = _deepspeed(self.device)
-        self._zero = deepspeed.zero
-        self._fragments = deepspeed.utils
-        self._engine = deepspeed.initialize(model=self._objective, optimizer=self._adam, config=self._config(), dist_init_required=False)[0]
+        averaged = {name: buffer for name, buffer in self._buffers.items() if optimizer.ema and buffer.is_floating_point()}
+        self._averages = {name: buffer.clone() for name, buffer in averaged.items()}
+        self._keep_frozen_statistics()
 
-    def _config(self) -> dict[str, object]:
-        bucket = min(BUCKET, max(1, sum(math.prod(shape) for shape in self._shapes.values())))
-        return {
-            "train_micro_batch_size_per_gpu": 1,  # of bookkeeping only: the data is ours
-            "gradient_accumulation_steps": len(self._micro_batches),
-            "gradient_clipping": self._options.clip_grad if self._stage else 0.0,  # at stage 0 we clip, and know the norm
-            "zero_optimization": {"stage": self._stage, "reduce_bucket_size": bucket, "overlap_comm": self.device.type == "cuda"},
-            "steps_per_print": None,
-        }
-
-    def train_step(self, step: int, batches: Iterable[tuple[int, Batch]], loss: Callable[[nn.Module, Batch], Tensor]) -> StepResult:
+    def train_step(
+        self,
+        step: int,
+        batches: Iterable[tuple[int, Batch]],
+        loss: Callable[[nn.Module, Batch], Tensor],
+        *,
+        stop: Callable[[], bool] = _nobody_asks,
+    ) -> StepResult:
         """Optimizer step `step` (from 0) on this rank's micro-batches: pairs of number in [0, A) and batch, in rank order.
 
         loss: of (model, batch), the mean over the micro-batch's samples, a scalar. Batches may be drawn lazily.
-        Raises ClusterError naming the step when loss or gradient are not finite; then no later state may be saved.
+        stop: asked once on each rank; the result says on all ranks whether any said yes. The step is finished all the same.
+        Raises ClusterError naming the step when it is one bad step too many (`guard`); then no later state may be saved.
         """
         rate = learning_rate(step, self._total_steps, self._options)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
+        self._zero.set_rate(rate)
         if not self._objective.training:
             self._objective.train()
+            self._keep_frozen_statistics()
         self._batch_norm.begin()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        value = None
+        for number, value in enumerate(self._forwards(step, batches, loss, total), start=1):
+            if number < len(self._micro_batches):
+                self._zero.backward(value)
+                self._zero.accumulate()
+        assert value is not None
+        # One reduction tells every rank the same, before the gang's gradients are: it travels with what must be reduced anyway.
+        asked = torch.full((1,), float(stop()), dtype=torch.float64, device=self.device)
+        means = torch.cat([total, self._batch_norm.total.to(self.device), asked])
+        dist.all_reduce(means)
+        means /= self._num_micro_batches
+        good = means[0].isfinite() & (means[0] <= self._guard.bound)
+        # A bad loss makes all gradients nan, on which no ZeRO stage steps. A factor of one changes nothing.
+        self._zero.backward(value * torch.where(good, 1.0, torch.nan))
+        norm = self._zero.apply(average_decay(step, self._options))
+        mean_loss = float(means[0])
+        problem = self._guard.judge(step, mean_loss, norm)
+        if problem is None:
+            self._batch_norm.finish(means[1:-1])
+            self._average_buffers(step)
+        else:
+            self._guard.skip(problem, step + 1 - self._zero.applied, rate)
+            self._batch_norm.discard()
+        return StepResult(loss=mean_loss, grad_norm=norm, lr=rate, skipped=problem, stop=bool(means[-1] > 0))
+
+    def _keep_frozen_statistics(self) -> None:
+        """A batch norm whose parameters are frozen keeps its statistics, and uses them: evaluation mode."""
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+
+    def _forwards(
+        self, step: int, batches: Iterable[tuple[int, Batch]], loss: Callable[[nn.Module, Batch], Tensor], total: Tensor
+    ) -> Iterator[Tensor]:
+        """The loss of each of this rank's micro-batches, with its graph; adds them up in `total`."""
         done = 0
         for done, (micro, batch) in enumerate(batches, start=1):
             if done > len(self._micro_batches) or micro != self._micro_batches[done - 1]:
                 raise ValueError(f"step {step}: micro-batch {micro} came as number {done} of {list(self._micro_batches)}")
             torch.manual_seed(_key(self._seed, step, micro))
             self._objective.bound = _bind(loss, batch)
-            value = self._engine()
+            value = self._zero.forward()
+            self._objective.bound = None
             total += value.detach()
             self._batch_norm.add()
-            self._engine.backward(value)
+            yield value
             if done == len(self._micro_batches):
-                break  # the last one steps below, when the whole gang's loss is known
-            self._engine.step()
-        if done != len(self._micro_batches):
-            raise ValueError(f"step {step}: {done} micro-batches came, expected {len(self._micro_batches)}")
-        self._objective.bound = None
-        means = torch.cat([total, self._batch_norm.total.to(self.device)])
-        dist.all_reduce(means)
-        means /= self._num_micro_batches
-        mean_loss = float(means[0])
-        _require_finite(mean_loss, "loss", step, rate)
-        norm = self._update(step, rate)
-        self._batch_norm.finish(means[1:])
-        return StepResult(loss=mean_loss, grad_norm=norm, lr=rate)
+                return
+        raise ValueError(f"step {step}: {done} micro-batches came, expected {len(self._micro_batches)}")
 
-    def _update(self, step: int, rate: float) -> float:
-        """Clips and applies the reduced gradients; returns their norm before clipping."""
-        if self._stage == 0:
-            bound = self._options.clip_grad or math.inf
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), bound))
-            _require_finite(norm, "gradient norm", step, rate)
-            self._engine.step()
-            return norm
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        _require_finite(norm if norm >= 0 else math.nan, "gradient norm", step, rate)  # ZeRO reports -1, and skips the step
-        return norm
+    @torch.no_grad()
+    def _average_buffers(self, step: int) -> None:
+        decay = average_decay(step, self._options)
+        if decay is not None and self._averages:
+            torch._foreach_lerp_(list(self._averages.values()), [self._buffers[name] for name in self._averages], 1.0 - decay)
+
+    @property
+    def state_bytes(self) -> int:
+        """About the size of the whole training state."""
+        copies = len(self._zero.keys)
+        return 4 * copies * sum(math.prod(shape) for shape in self._shapes.values())
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """The whole training state as fresh host copies on rank 0, {} on the others. A collective: every rank must call it.
 
-        "model.<parameter>", "exp_avg.<parameter>", "exp_avg_sq.<parameter>" (float32), "buffer.<buffer>" and "optimizer.step":
-        free of world size and ZeRO stage.
+        "model.<parameter>", "exp_avg.<parameter>", "exp_avg_sq.<parameter>" (float32), "buffer.<buffer>" and "optimizer.step";
+        with an average "ema.<parameter or buffer>", with a bound on the loss "optimizer.losses". Free of world size and ZeRO stage.
         """
         found = {}
         for name, tensor in self._gather():
@@ -180,24 +218,14 @@ class Engine:
         return found
 
     def _gather(self) -> Iterator[tuple[str, Tensor]]:
-        partitions = self._partitions()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                with self._zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                    yield f"model.{name}", parameter
-            elif self._stage == 0:
-                yield f"model.{name}", parameter
-                for moment in MOMENTS:
-                    yield f"{moment}.{name}", self._adam.state[parameter][moment]
-            else:
-                yield f"model.{name}", self._fragments.safe_get_full_fp32_param(parameter)
-                for moment in MOMENTS:
-                    yield f"{moment}.{name}", self._fragments.safe_get_full_optimizer_state(parameter, moment)
+        yield from self._zero.state()
         for name, buffer in self._buffers.items():
             yield f"buffer.{name}", buffer
-        steps = {int(self._adam.state[partition]["step"]) for partition in partitions}
-        assert len(steps) == 1, f"AdamW's groups are at different steps: {steps}"
-        yield STEP, torch.tensor(steps.pop())
+        for name, average in self._averages.items():
+            yield f"{AVERAGE}.{name}", average
+        yield STEP, torch.tensor(self._zero.applied)
+        if self._options.max_spike:
+            yield LOSSES, torch.tensor([self._guard.mean, self._guard.seen], dtype=torch.float64)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -206,77 +234,34 @@ class Engine:
         Raises CheckpointError naming the first array that is missing, too many or of another shape.
         """
         self._check(tensors)
-        partitions = self._partitions()
+        self._zero.set_applied(int(tensors[STEP]))
         for name, parameter in self.model.named_parameters():
-            names = ("model", *MOMENTS) if parameter.requires_grad else ("model",)
-            values = {key: torch.tensor(tensors[f"{key}.{name}"], device=self.device) for key in names}
-            (self._put_plain, self._put_flat, self._put_flat, self._put_sliced)[self._stage](parameter, values)
+            self._zero.put(parameter, {key: torch.tensor(tensors[f"{key}.{name}"], device=self.device) for key in self._keys(parameter)})
         for name, buffer in self._buffers.items():
             buffer.copy_(torch.tensor(tensors[f"buffer.{name}"], device=self.device))
-        for partition in partitions:
-            self._adam.state[partition]["step"].fill_(float(tensors[STEP]))
+        for name, average in self._averages.items():
+            average.copy_(torch.tensor(tensors[f"{AVERAGE}.{name}"], device=self.device))
+        if LOSSES in tensors:
+            mean, seen = tensors[LOSSES].tolist()
+            self._guard.mean, self._guard.seen = mean, int(seen)
+
+    def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        return self._zero.keys if parameter.requires_grad else ("model",)
 
     def _check(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> None:
         expected: dict[str, tuple[int, ...]] = {STEP: ()}
         for name, parameter in self.model.named_parameters():
-            for key in ("model", *MOMENTS) if parameter.requires_grad else ("model",):
-                expected[f"{key}.{name}"] = self._shapes[name]
+            expected |= {f"{key}.{name}": self._shapes[name] for key in self._keys(parameter)}
         expected |= {f"buffer.{name}": tuple(buffer.shape) for name, buffer in self._buffers.items()}
+        expected |= {f"{AVERAGE}.{name}": tuple(average.shape) for name, average in self._averages.items()}
+        if LOSSES in tensors:
+            expected[LOSSES] = (2,)  # a bound on the loss may be set or lifted when a run is resumed
         for name in sorted(expected.keys() | tensors.keys()):
             wanted, got = expected.get(name), tensors[name].shape if name in tensors else None
             if wanted != got:
                 raise CheckpointError(
                     f"The checkpoint does not fit the model: '{name}' has shape {got} there, {wanted} here. Was the model's recipe changed?"
                 )
-
-    def _put_plain(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
-        parameter.copy_(values["model"])
-        for moment in MOMENTS if parameter.requires_grad else ():
-            self._adam.state[parameter][moment].copy_(values[moment])
-
-    def _put_flat(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
-        if parameter.requires_grad:
-            self._fragments.safe_set_full_fp32_param(parameter, values["model"])
-            for moment in MOMENTS:
-                self._fragments.safe_set_full_optimizer_state(parameter, values[moment], moment)
-        parameter.copy_(values["model"])  # the setter leaves the working copy stale until the next step
-
-    def _put_sliced(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Stage 3, where the setter for whole tensors fails when their size does not divide by the world size."""
-        size, sliced = parameter.ds_tensor.ds_numel, parameter.ds_tensor  # type: ignore[attr-defined]
-
-        def own_part(value: Tensor) -> Tensor:
-            padded = torch.zeros(size * dist.get_world_size(), device=self.device)
-            padded[: value.numel()] = value.flatten()
-            return padded[size * self._rank : size * (self._rank + 1)]
-
-        sliced.copy_(own_part(values["model"]))
-        if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]  # small ones stay gathered
-            parameter.copy_(values["model"])
-        if parameter.requires_grad:
-            self._fragments.safe_set_local_fp32_param(parameter, own_part(values["model"]))
-            for moment in MOMENTS:
-                self._fragments.safe_set_local_optimizer_state(parameter, own_part(values[moment]), moment)
-
-    def _partitions(self) -> list[Tensor]:
-        """The tensors that AdamW steps. Before the first step it has no state for them: they get the zeros it would start from."""
-        wrapped = self._engine.optimizer
-        partitions: list[Tensor]
-        if self._stage == 0:
-            partitions = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        elif self._stage == 3:
-            partitions = list(wrapped.fp32_partitioned_groups_flat)
-        else:
-            partitions = list(wrapped.single_partition_of_fp32_groups)
-        for partition in partitions:
-            state = self._adam.state[partition]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
-                state.update({moment: torch.zeros_like(partition.data) for moment in MOMENTS})
-        if self._stage in (1, 2):
-            wrapped._hp_optimizer_states_linked = False
-            wrapped._lazy_init_hp_params_optimizer_state()
-        return partitions
 
 
 def _bind(loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Callable[[nn.Module], Tensor]:
@@ -287,14 +272,6 @@ def _key(seed: int, step: int, micro: int) -> int:
     """A torch seed for one forward, in [0, 2^63)."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, step, micro), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _require_finite(value: float, what: str, step: int, rate: float) -> None:
-    if not math.isfinite(value):
-        raise ClusterError(
-            f"The {what} of step {step} is {value} at learning rate {rate:.3g}: training has diverged. "
-            "Lower optimizer.lr or optimizer.clip_grad, or set engine.precision=fp32; the last checkpoint is from before."
-        )
 
 
 def _precision(wanted: str, device: torch.device) -> str:
@@ -315,32 +292,3 @@ def autocast(options: EngineOptions, device: str) -> torch.autocast:
     """The autocast under which training ran forward, for inference in a gang. A collective where the precision is "auto"."""
     where = torch.device(device)
     return torch.autocast(where.type, dtype=torch.bfloat16, enabled=_precision(options.precision, where) == "bf16")
-
-
-def _groups(model: nn.Module, weight_decay: float, no_weight_decay: Collection[str]) -> list[dict[str, object]]:
-    """AdamW's parameter groups, with and without decay; frozen parameters are in none."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trained if parameter.ndim > 1 and name not in no_weight_decay]
-    others = [parameter for name, parameter in trained if parameter.ndim <= 1 or name in no_weight_decay]
-    groups: list[dict[str, object]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-_set_up_for: list[object] = []  # the process group that DeepSpeed has wrapped
-
-
-def _deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, told before its import which device it runs on, to be quiet, and not to compile anything."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed's way to say which device is this process's
-    warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning)  # DeepSpeed's use
-    import deepspeed  # its import takes a second and decides on the device
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at first use, and needs a compiler
-    if deepspeed.comm.comm.cdb is not None and _set_up_for[-1:] != [dist.group.WORLD]:
-        deepspeed.comm.comm.cdb = None  # it belongs to a process group that is gone: a second gang in one process
-        deepspeed.utils.groups._WORLD_GROUP = None
-    _set_up_for[:] = [dist.group.WORLD]
-    module: ModuleType = deepspeed
-    return module

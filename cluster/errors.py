@@ -4,6 +4,7 @@ ClusterError
 ├── TopologyError      batches, micro-batches and workers do not divide
 ├── CheckpointError    a checkpoint is missing, damaged, or of another run
 ├── LaunchError        workers could not start, or died more often than the restart budget allows
+├── StoppedError       it was asked to stop before its end, and did; the same command goes on
 └── FencedError        another, newer driver owns this run folder
 """
 
@@ -22,6 +23,10 @@ class CheckpointError(ClusterError):
 
 class LaunchError(ClusterError):
     """Workers could not start, or died more often than allowed."""
+
+
+class StoppedError(ClusterError):
+    """It was asked to stop before its end, and did: not a failure. The same command goes on."""
 
 
 class FencedError(ClusterError):

@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from cluster.errors import ClusterError, StoppedError
+
 USER_ERROR_EXIT = 3  # exit code of a worker whose failure is written for the user: trying again would not help
 FAILURE = "failure.json"
+STOP = "stop"
+TAIL_LINES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +22,7 @@ class Job:
 
     entry: "module:function", called with the payload and a Worker. folder: of this launch's logs, in which the gangs' are.
     user_errors: exception classes as "module:name", beside ClusterError, whose text is for the user and which no restart cures.
+    stoppable: the entry asks `stopping.stop_asked` and then ends by StoppedError, so SIGTERM need not kill.
     """
 
     entry: str
@@ -26,18 +31,36 @@ class Job:
     folder: str
     hang_timeout_s: int
     user_errors: tuple[str, ...]
+    stoppable: bool = False
 
     @property
     def failure(self) -> Path:
         """Where the first rank that meets an error for the user leaves it; then the launch ends."""
         return Path(self.folder) / FAILURE
 
-    def user_error(self) -> str | None:
-        """The text that a rank left for the user, if one did."""
+    def ending(self) -> ClusterError | None:
+        """What a rank left for the user, if one did: an error, or that it stopped as it was asked to."""
         try:
-            return str(json.loads(self.failure.read_text(encoding="utf-8"))["message"])
+            told = json.loads(self.failure.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        return StoppedError(told["message"]) if told["stopped"] else ClusterError(told["message"])
+
+    def prepare_stop(self) -> None:
+        """Makes the file by which workers anywhere are asked to stop. It is there from the start because network file systems look
+        again at a file that is opened, but remember for a minute that a file was not there."""
+        (Path(self.folder) / STOP).touch()
+
+    def ask_to_stop(self) -> None:
+        """Asks the gang to end after its current step. May be called by a signal handler."""
+        (Path(self.folder) / STOP).write_text("stop\n", encoding="utf-8")
+
+    def stop_asked(self) -> bool:
+        """Whether the launcher has asked."""
+        try:
+            return bool((Path(self.folder) / STOP).read_bytes())
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +124,11 @@ def last_lines(log: Path, count: int) -> list[str]:
         file.seek(max(0, log.stat().st_size - (64 << 10)))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     return [line for line in lines if line.strip()][-count:]
+
+
+def tails(folder: Path) -> str:
+    """The last lines of every rank's output in a gang's folder."""
+    return "\n".join(f"--- {log.name}\n" + "\n".join(last_lines(log, TAIL_LINES)) for log in sorted(folder.glob("rank-*.log")))
 
 
 def hung(log: Path) -> bool:

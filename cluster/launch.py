@@ -9,6 +9,9 @@ starts, so a restart here and the same command typed again are one thing. Three 
 
 A local worker has its own session, so that Ctrl-C reaches only the supervisor, which then ends the gang; and the kernel kills it
 when the supervisor dies. Killing is always SIGKILL: whatever a worker commits is safe at any instant (`checkpoint`).
+
+SIGTERM to the supervisor, where the function can be asked to stop: the gang finishes its step, saves and ends (StoppedError); a second
+SIGTERM ends everything at once. Elsewhere the first does.
 """
 
 import os
@@ -23,14 +26,14 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import lease
-from cluster.errors import ClusterError, LaunchError
-from cluster.job import LOOPBACK, USER_ERROR_EXIT, Job, Order, Place, hung, last_lines, next_folder, worker_environment
+from cluster.errors import LaunchError, StoppedError
+from cluster.job import LOOPBACK, USER_ERROR_EXIT, Job, Order, Place, hung, last_lines, next_folder, tails, worker_environment
 from cluster.options import LaunchOptions
+from cluster.restarts import Restarts, no_progress
 from cluster.topology import check_world_size, largest_world_size
 
 POLL_S = 0.05
 STOPPED_GRACE_S = 5.0  # a worker that hangs ends itself and leaves its stacks; one that cannot even do that is ended after this
-TAIL_LINES = 12
 
 
 def launch(
@@ -42,12 +45,17 @@ def launch(
     options: LaunchOptions,
     on_event: Callable[[Mapping[str, object]], None],
     user_errors: tuple[type[Exception], ...] = (),
+    progress: Callable[[], int] = no_progress,
+    stoppable: bool = False,
 ) -> None:
     """Runs `entry` ("module:function", called with payload and Worker) in a gang until every worker has returned.
 
     payload: JSON-able. num_micro_batches: A; the gang's size divides it. user_errors: exceptions, beside ClusterError, whose text is
     for the user: they end the launch at once. on_event gets {"event": "restart", "reason": text, "attempt": of the dead gang}.
-    Raises ClusterError with a worker's text for the user, LaunchError when the gang died more often than `options.max_restarts`.
+    progress: how far the work is kept, a number that grows; a gang that has raised it gets the whole restart budget again (`restarts`);
+    a function of a module, since other processes call it. stoppable: the entry asks `stopping.stop_asked`.
+    Raises ClusterError with a worker's text for the user, LaunchError when the gang died more often than `options.max_restarts`,
+    StoppedError when it was asked to stop.
     """
     run_dir = run_dir.resolve()
     job = Job(
@@ -57,21 +65,24 @@ def launch(
         folder=str(next_folder(run_dir / "logs", "launch")),
         hang_timeout_s=options.hang_timeout_s,
         user_errors=tuple(f"{error.__module__}:{error.__qualname__}" for error in user_errors),
+        stoppable=stoppable,
     )
+    job.prepare_stop()
+    restarts = Restarts(options.max_restarts, progress)
     if options.launcher == "ray":
         from cluster.ray_session import ensure_ray
         from cluster.ray_train import run_on_ray  # Ray takes a second to import
 
         ensure_ray()  # takes SIGTERM over, so before we do
-        with _sigterm_exits():
-            run_on_ray(job, num_micro_batches=num_micro_batches, options=options, on_event=on_event)
+        with _sigterm(job):
+            run_on_ray(job, num_micro_batches=num_micro_batches, options=options, restarts=restarts, on_event=on_event)
         return
     workers, threads = _size(num_micro_batches, options)
     if workers == 1:
         _run_here(job, threads)
         return
-    with _sigterm_exits():
-        _supervise(job, workers, threads, options.max_restarts, on_event)
+    with _sigterm(job):
+        _supervise(job, workers, threads, restarts, on_event)
 
 
 def _size(num_micro_batches: int, options: LaunchOptions) -> tuple[int, int]:
@@ -106,28 +117,29 @@ def _run_here(job: Job, threads: int) -> None:
     before = {name: os.environ.get(name) for name in LOOPBACK}
     os.environ.update(LOOPBACK)
     try:
-        with gang(Path(job.run_dir), place, dist.HashStore()) as worker:  # type: ignore[attr-defined]
+        with _sigterm(job), gang(job, place, dist.HashStore()) as worker:  # type: ignore[attr-defined]
             function(job.payload, worker)
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def _supervise(job: Job, workers: int, threads: int, max_restarts: int, on_event: Callable[[Mapping[str, object]], None]) -> None:
-    for restarts in range(max_restarts + 1):
+def _supervise(job: Job, workers: int, threads: int, restarts: Restarts, on_event: Callable[[Mapping[str, object]], None]) -> None:
+    while True:
         folder = next_folder(Path(job.folder), "gang")
         reason = _run_gang(job, workers, threads, folder)
-        message = job.user_error()
-        if message is not None:
-            raise ClusterError(message)
+        ending = job.ending()
+        if ending is not None:
+            raise ending
         if reason is None:
             return
-        if restarts == max_restarts:
-            raise LaunchError(
-                f"The workers died {max_restarts + 1} times, more than launch.max_restarts={max_restarts} allows. "
-                f"The last time {reason}. Their output is in {folder}:\n{_tails(folder)}"
-            )
-        on_event({"event": "restart", "reason": reason, "attempt": lease.newest_attempt(Path(job.run_dir))})
+        if job.stop_asked():
+            raise StoppedError(f"Asked to stop, the workers ended before they could save ({reason}). The same command goes on.")
+        delay_s = restarts.delay_s()
+        if delay_s is None:
+            raise LaunchError(f"{restarts.verdict()} The last time {reason}. Their output is in {folder}:\n{tails(folder)}")
+        on_event({"event": "restart", "reason": reason, "attempt": lease.newest_attempt(Path(job.run_dir)), "delay_s": delay_s})
+        time.sleep(delay_s)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -218,31 +230,31 @@ def _reason(ended: list[_Member], hang_timeout_s: int) -> str:
     return f"{who} ended with exit code {code}: {''.join(last_lines(first.log, 1))}"
 
 
-def _tails(folder: Path) -> str:
-    """The last lines of every rank's output."""
-    return "\n".join(f"--- {log.name}\n" + "\n".join(last_lines(log, TAIL_LINES)) for log in sorted(folder.glob("rank-*.log")))
-
-
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds this process, so that the gang ends with it, instead of ending it on the spot. In the main thread only."""
+def _sigterm(job: Job) -> Iterator[None]:
+    """SIGTERM asks a gang to stop if it can be asked. Else, and the second time, it unwinds this process, so that the gang ends with it,
+    instead of ending it on the spot. In the main thread only."""
+    asked: list[int] = []
+    leaving: list[int] = []
 
-    received: list[int] = []
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if job.stoppable and not asked:
+            asked.append(number)
+            job.ask_to_stop()
+            return
+        leaving.append(number)
         raise SystemExit(128 + number)
 
     try:
-        before = signal.signal(signal.SIGTERM, leave)
+        before = signal.signal(signal.SIGTERM, on_signal)
     except ValueError:
         yield  # not the main thread: whoever has it decides
         return
     try:
         yield
     except SystemExit:
-        if received:  # on its way through Ray the exit code becomes 1
-            raise SystemExit(128 + received[0]) from None
+        if leaving:  # on its way through Ray the exit code becomes 1
+            raise SystemExit(128 + leaving[0]) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

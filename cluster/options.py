@@ -16,10 +16,15 @@ def _require(ok: bool, field: str, got: object, expected: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW and its schedule, per iteration: linear warm-up from `warmup_lr`, then cosine down to `min_lr`.
+    """AdamW and its schedule, per iteration: linear warm-up from `warmup_lr`, then `schedule` down to `min_lr` (see `schedule`).
 
     lr: peak learning rate for the whole global batch. weight_decay: not applied to 1-D parameters and those the model names.
-    warmup: share of all steps, 0 to 1. clip_grad: bound on the global gradient norm, 0 for none.
+    layer_decay: a layer's rate is this times that of the layer above it, 1 for none. ema: of the weights, that are then evaluated;
+    the share of the old average that a step leaves, 0 for no average.
+    warmup: share of all steps, 0 to 1. milestones, gamma: of schedule "step", shares of all steps and the factor at each.
+    cooldown: of schedule "wsd", share of all steps at the end. clip_grad: bound on the global gradient norm, 0 for none.
+    max_skipped: steps of a run that may be passed over because loss or gradient are not finite, or the loss is more than max_spike
+    times its running mean (0: no such bound); see `guard`. Both may change when a run is resumed.
     label_smoothing: share of the target spread over all classes.
     """
 
@@ -33,6 +38,14 @@ class OptimizerOptions:
     min_lr: float = 1e-6
     clip_grad: float = 20.0
     label_smoothing: float = 0.1
+    schedule: Literal["cosine", "step", "wsd"] = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    cooldown: float = 0.2
+    layer_decay: float = 1.0
+    ema: float = 0.0
+    max_skipped: int = 0
+    max_spike: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "a positive number")
@@ -40,6 +53,14 @@ class OptimizerOptions:
         _require(self.clip_grad >= 0, "clip_grad", self.clip_grad, "0 (off) or a positive norm")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to below 1")
+        rising = list(self.milestones) == sorted(set(self.milestones))
+        _require(rising and all(0 < s < 1 for s in self.milestones), "milestones", self.milestones, "rising shares of all steps, 0 to 1")
+        _require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, at most 1")
+        _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "a share of all steps, 0 to 1")
+        _require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0, at most 1 (none)")
+        _require(0 <= self.ema < 1, "ema", self.ema, "0 (off) to below 1")
+        _require(self.max_skipped >= 0, "max_skipped", self.max_skipped, "0 or more steps")
+        _require(self.max_spike == 0 or self.max_spike > 1, "max_spike", self.max_spike, "0 (off) or more than 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +95,7 @@ class LaunchOptions:
     launcher: "ray" (Ray Train) or "local" (processes of this machine, without Ray).
     workers: their number; "auto" is the largest divisor of the number of micro-batches that fits the cluster.
     cpus_per_worker: reserved on Ray, and the thread budget of one worker; 0: the machine's cores divided by its workers.
-    max_restarts: how many times a dead gang is started again before the run gives up.
+    max_restarts: how many times in a row a gang that died without having saved anything new is started again.
     hang_timeout_s: a worker that finishes no step for so long is treated as dead.
     """
 

@@ -2,6 +2,10 @@
 
 import logging
 import os
+import re
+import socket
+
+from cluster.errors import ClusterError
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -15,6 +19,7 @@ for _name, _value in _SETTINGS.items():
 
 import ray as ray  # noqa: E402 - also for the other rooms' use: whoever imports Ray must do so after the above
 
+PROBE_S = 5.0
 LOOPBACK_ADDRESS = "127.0.0.2"  # Ray takes 127.0.0.1 for "find out yourself" and then advertises the machine's address
 
 
@@ -22,13 +27,14 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     """Connects this process to Ray unless it is connected already.
 
     num_cpus: what a private cluster offers to tasks and workers; None is every core. Ignored when a cluster is joined.
+    Raises ClusterError when the cluster to join cannot be joined.
     A private cluster advertises a loopback address, has no dashboard and ends with this process. Ray's gRPC ports still bind to all
     interfaces; they refuse whoever lacks the token that Ray keeps in this user's home.
     """
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        _join(os.environ["RAY_ADDRESS"])
         return
     # A private cluster asks for a token, which Ray makes and keeps for this user; it need not say so every time.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -40,3 +46,27 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         log_to_driver=False,  # workers' output is in the run's logs; a killed one would print a page here
         _node_ip_address=LOOPBACK_ADDRESS,
     )
+
+
+def _join(address: str) -> None:
+    advice = "Start that cluster (ray start --head), correct RAY_ADDRESS, or unset it for a private Ray on this machine."
+    found = re.fullmatch(r"([^/:]+|\[[^\]]+\]):(\d{1,5})", address)
+    if found and not _speaks_grpc(found[1].strip("[]"), int(found[2])):
+        raise ClusterError(f"RAY_ADDRESS={address}: no Ray answers there: nothing listens on that port, or something else does. {advice}")
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # other versions, token, address
+        text = " ".join(str(error).split())
+        raise ClusterError(f"RAY_ADDRESS={address}: that Ray cannot be joined: {text} {advice}") from None
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Whether an HTTP/2 server answers: it sends its settings first. Ray itself would wait for minutes, and then end the process."""
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4: and empty settings
+    try:
+        with socket.create_connection((host, port), timeout=PROBE_S) as connection:
+            connection.sendall(preface)
+            reply = connection.recv(9)
+    except OSError:
+        return False
+    return len(reply) > 3 and reply[3] == 4

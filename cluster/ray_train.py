@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from cluster import lease
-from cluster.errors import ClusterError, LaunchError
-from cluster.job import Job, Place, hung, next_folder, worker_environment
+from cluster.errors import ClusterError, LaunchError, StoppedError
+from cluster.job import Job, Place, hung, next_folder, tails, worker_environment
 from cluster.options import LaunchOptions
+from cluster.restarts import Restarts
+from cluster.stopping import remember_sigterm
 from cluster.topology import check_world_size, largest_world_size
 
-RESTARTS = "restarts.jsonl"
+DEATHS = "deaths.jsonl"
 POLL_S = 0.5
 _SWITCHES = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -47,6 +50,7 @@ from ray.train.collective import broadcast_from_rank_zero  # noqa: E402
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback  # noqa: E402
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError  # noqa: E402
 from ray.train.v2._internal.execution.context import TrainRunContext  # noqa: E402
+from ray.train.v2._internal.execution.worker_group import ExecutionGroup  # noqa: E402
 from ray.train.v2.api.callback import RayTrainCallback  # noqa: E402
 from ray.train.v2.api.config import LoggingConfig  # noqa: E402
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: E402
@@ -55,7 +59,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: E402
 LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 
 
-def run_on_ray(job: Job, *, num_micro_batches: int, options: LaunchOptions, on_event: Callable[[Mapping[str, object]], None]) -> None:
+def run_on_ray(
+    job: Job, *, num_micro_batches: int, options: LaunchOptions, restarts: Restarts, on_event: Callable[[Mapping[str, object]], None]
+) -> None:
     """Runs the job in a gang of fixed size on the Ray cluster to which this process is connected.
 
     on_event is called in another thread. Raises as `launch` does; when interrupted, ends the workers first.
@@ -64,18 +70,19 @@ def run_on_ray(job: Job, *, num_micro_batches: int, options: LaunchOptions, on_e
     trainer = _Trainer(
         _work,
         train_loop_config={"job": asdict(job), "threads": options.cpus_per_worker},
-        backend_config=_NoBackend(),
+        backend_config=_NoBackend(job.stoppable),
         scaling_config=scaling,
         run_config=RunConfig(
             name="train",
             storage_path=str(Path(job.folder) / "ray"),
-            failure_config=FailureConfig(max_failures=options.max_restarts),
+            failure_config=FailureConfig(max_failures=-1),  # how often is our decision
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_Restarts(job, options.max_restarts)],
+            callbacks=[_Deaths(job, restarts)],
         ),
     )
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(job, trainer, done, on_event), name="restarts", daemon=True)
+    given_up: list[ClusterError] = []
+    watcher = threading.Thread(target=_watch, args=(job, trainer, done, on_event, given_up), name="restarts", daemon=True)
     watcher.start()
     failed: TrainingFailedError | RayActorError | None = None
     try:
@@ -87,21 +94,36 @@ def run_on_ray(job: Job, *, num_micro_batches: int, options: LaunchOptions, on_e
         done.set()
         watcher.join()
         shutil.rmtree(Path(job.folder) / "ray", ignore_errors=True)
-    message = job.user_error()
-    if message is not None:
-        raise ClusterError(message)
+    ending = job.ending() or (given_up[0] if given_up else None)
+    if ending is not None:
+        raise ending
     if failed is not None:
-        raise _launch_error(failed, job, workers, options.max_restarts) from failed
+        raise _launch_error(failed, job, workers) from failed
 
 
-def _watch(job: Job, trainer: "_Trainer", done: threading.Event, on_event: Callable[[Mapping[str, object]], None]) -> None:
-    """Passes on restarts while the gang runs; ends it at an error for the user, for which the other ranks would wait in vain."""
+def _watch(
+    job: Job,
+    trainer: "_Trainer",
+    done: threading.Event,
+    on_event: Callable[[Mapping[str, object]], None],
+    given_up: list[ClusterError],
+) -> None:
+    """Passes on restarts while the gang runs; ends it at an error for the user, for which the other ranks would wait in vain, and when
+    it shall not be started again."""
     seen = 0
-    while not done.wait(POLL_S):
-        seen = _report(job, seen, on_event)
-        if job.user_error() is not None:
+    last = False
+    while not last:
+        last = done.wait(POLL_S)
+        deaths = _deaths(job)
+        for death in deaths[seen:]:
+            if death["event"] == "restart":
+                on_event(death)
+            else:
+                kind = StoppedError if death["event"] == "stopped" else LaunchError
+                given_up.append(kind(str(death["message"])))
+        seen = len(deaths)
+        if not last and (given_up or job.ending() is not None):
             trainer.end()
-    _report(job, seen, on_event)
 
 
 def _size(num_micro_batches: int, options: LaunchOptions) -> tuple[int, ScalingConfig]:
@@ -147,40 +169,64 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
 class _SeesAllGpus(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True  # of the gang's workers on a machine, so that NCCL can use them directly
 
+    def on_start(self, worker_group: ExecutionGroup, backend_config: BackendConfig) -> None:
+        """Before training starts in a thread of each worker: what only their main threads can do."""
+        if backend_config.stoppable:
+            worker_group.execute(remember_sigterm)
+
 
 class _NoBackend(BackendConfig):  # type: ignore[misc]
     """The process group is the workers' own affair."""
+
+    def __init__(self, stoppable: bool) -> None:
+        super().__init__()
+        self.stoppable = stoppable
 
     @property
     def backend_cls(self) -> type[Backend]:
         return _SeesAllGpus
 
 
-class _Restarts(UserCallback):  # type: ignore[misc]
-    """In Train's controller: notes why a gang died, for the driver to read."""
+class _Deaths(UserCallback):  # type: ignore[misc]
+    """In Train's controller: notes why a gang died and what follows, for the driver to read; waits before the next start."""
 
-    def __init__(self, job: Job, max_restarts: int) -> None:
-        self._job, self._left = job, max_restarts
+    def __init__(self, job: Job, restarts: Restarts) -> None:
+        self._job, self._restarts = job, restarts
 
     def after_exception(self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]) -> None:
-        if self._left == 0:
-            return  # the last one is not followed by a restart
-        self._left -= 1
+        reason = _reason(worker_exceptions, self._job)
+        if self._job.stop_asked():
+            self._leave("stopped", f"Asked to stop, the workers ended before they could save ({reason}). The same command goes on.")
+            return
+        delay_s = self._restarts.delay_s()
+        if delay_s is None:
+            self._leave("failed", f"{self._restarts.verdict()} The last time {reason}\n{_output(self._job)}")
+            return
         attempt = lease.newest_attempt(Path(self._job.run_dir))
-        event = {"event": "restart", "reason": _reason(worker_exceptions, self._job), "attempt": attempt}
-        with (Path(self._job.folder) / RESTARTS).open("a", encoding="utf-8") as file:
+        self._note({"event": "restart", "reason": reason, "attempt": attempt, "delay_s": delay_s})
+        time.sleep(delay_s)
+
+    def _leave(self, event: str, message: str) -> None:
+        self._note({"event": event, "message": message})
+        time.sleep(20 * POLL_S)  # the driver ends this process now: no other gang shall begin
+
+    def _note(self, event: Mapping[str, object]) -> None:
+        with (Path(self._job.folder) / DEATHS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
 
-def _report(job: Job, seen: int, on_event: Callable[[Mapping[str, object]], None]) -> int:
-    """Passes on the whole lines after the first `seen`; returns how many there are now."""
+def _deaths(job: Job) -> list[dict[str, object]]:
+    """What the controller has noted, whole lines only."""
     with contextlib.suppress(FileNotFoundError):
-        text = (Path(job.folder) / RESTARTS).read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        for line in lines[seen:]:
-            on_event(json.loads(line))
-        return len(lines)
-    return seen
+        text = (Path(job.folder) / DEATHS).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return []
+
+
+def _output(job: Job) -> str:
+    """Where the last gang's output is, and its end."""
+    folders = sorted(Path(job.folder).glob("gang-*"))
+    return f"Their output is in {folders[-1]}:\n{tails(folders[-1])}" if folders else f"Their output is in {job.folder}."
 
 
 def _reason(worker_exceptions: Mapping[int, Exception], job: Job) -> str:
@@ -198,13 +244,10 @@ def _reason(worker_exceptions: Mapping[int, Exception], job: Job) -> str:
     return f"rank {rank} failed: {lines[-1] if lines else type(error).__name__}"
 
 
-def _launch_error(error: BaseException, job: Job, workers: int, max_restarts: int) -> LaunchError:
+def _launch_error(error: BaseException, job: Job, workers: int) -> LaunchError:
     failures = getattr(error, "worker_failures", {}) if isinstance(error, TrainingFailedError) else {}
     reason = _reason(failures, job) if failures else str(error)
-    return LaunchError(
-        f"The gang of {workers} workers died more often than launch.max_restarts={max_restarts} allows. "
-        f"The last time {reason}\nThe workers' output is in {job.folder}."
-    )
+    return LaunchError(f"Ray could not run the gang of {workers} workers: {reason}\n{_output(job)}")
 
 
 def _work(config: dict[str, object]) -> None:

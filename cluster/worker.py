@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from cluster import lease
-from cluster.errors import ClusterError, LaunchError
+from cluster.errors import ClusterError, LaunchError, StoppedError
 from cluster.job import USER_ERROR_EXIT, Job, Order, Place, resolve
+from cluster.stopping import look_at, remember_sigterm
 from cluster.topology import Worker
 
 BEAT_INTERVAL_S = 1.0
@@ -78,13 +79,24 @@ def agree(value: int) -> int:
     return int(tensor[0])
 
 
+def agree_on(values: Sequence[int]) -> list[int]:
+    """Rank 0's `values` (int64, any number of them) on every rank. A collective."""
+    num = agree(len(values))
+    if num == 0:
+        return []
+    tensor = _tensor(list(values) if dist.get_rank() == 0 else [0] * num)
+    dist.broadcast(tensor, 0)
+    return [int(value) for value in tensor]
+
+
 def _tensor(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 @contextmanager
-def gang(run_dir: Path, place: Place, store: Store) -> Iterator[Worker]:
+def gang(job: Job, place: Place, store: Store) -> Iterator[Worker]:
     """Forms the process group (NCCL where workers have GPUs, else gloo), begins an attempt, and yields this rank's Worker."""
+    run_dir = Path(job.run_dir)
     device = _device(place)
     torch.set_num_threads(place.threads)
     if device != "cpu":
@@ -92,6 +104,7 @@ def gang(run_dir: Path, place: Place, store: Store) -> Iterator[Worker]:
     # The heartbeat tells slow from stuck, so the group itself never times out.
     backend, patience = ("gloo" if device == "cpu" else "nccl"), timedelta(days=7)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=patience)
+    look_at(job if place.rank == 0 else None)
     try:
         pids = _tensor([os.getpid() if rank == place.rank else 0 for rank in range(place.world_size)])
         dist.all_reduce(pids)
@@ -130,12 +143,13 @@ def run(job: Job, place: Place, store: Callable[[], Store], log: IO[str]) -> boo
     try:
         with Watch(job.hang_timeout_s, place.beat, log), _reported(job, place.rank, user_errors):
             entry: Entry = resolve(job.entry)  # type: ignore[assignment]
-            with gang(Path(job.run_dir), place, store()) as worker, _reported(job, place.rank, user_errors):
+            with gang(job, place, store()) as worker, _reported(job, place.rank, user_errors):
                 entry(job.payload, worker)  # what it raises is reported before the peers notice the closing group
     except Exception:
         if not job.failure.exists():
             raise
-        traceback.print_exc(file=log)
+        if not isinstance(job.ending(), StoppedError):
+            traceback.print_exc(file=log)
         return False
     return True
 
@@ -147,7 +161,8 @@ def _reported(job: Job, rank: int, user_errors: tuple[type[BaseException], ...])
         yield
     except user_errors as error:
         temporary = job.failure.with_suffix(f".{rank}")
-        temporary.write_text(json.dumps({"rank": rank, "message": str(error)}), encoding="utf-8")
+        told = {"rank": rank, "message": str(error), "stopped": isinstance(error, StoppedError)}
+        temporary.write_text(json.dumps(told), encoding="utf-8")
         if job.failure.exists():
             temporary.unlink()
         else:
@@ -168,6 +183,8 @@ def main() -> int:
     """One rank of a local gang; standard input says which (an Order as JSON). Returns the exit code."""
     order = Order.from_json(sys.stdin.read())
     _die_with(order.parent)
+    if order.job.stoppable:
+        remember_sigterm()
     finished = run(order.job, order.place, lambda: FileStore(order.rendezvous, order.place.world_size), sys.stderr)
     return 0 if finished else USER_ERROR_EXIT
 

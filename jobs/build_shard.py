@@ -5,6 +5,7 @@ The tar is renamed into place first, its record last: rows of the index, and of 
 
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +21,20 @@ from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
 from pipeline.shards import NAME, Member, ShardWriter
 
+READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read is read again
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """All that a task needs to make shard `number`. labels, codes: per source, its class index and its split code per split column."""
+    """All that a task needs to make shard `number`. labels, codes: per source, its class index and its split code per split column.
+
+    work: the folder in `out` for records and unfinished videos.
+    """
 
     number: int
     videos: Path
     out: Path
+    work: Path
     sources: list[Source]
     labels: list[int]
     codes: list[list[int]]
@@ -45,9 +52,9 @@ class Reject:
     detail: str
 
 
-def record_path(out: Path, number: int) -> Path:
+def record_path(work: Path, number: int) -> Path:
     """Where the record of a finished shard is. It exists when the shard does."""
-    return out / "build" / f"shard-{number:06d}.arrow"
+    return work / f"shard-{number:06d}.arrow"
 
 
 def read_record(path: Path) -> tuple[ShardInfo, pa.Table, list[dict[str, object]]]:
@@ -64,13 +71,13 @@ def build_shard(task: ShardTask) -> int:
     tar = task.out / NAME.format(task.number)
     with (
         MediaWorker(task.encode, task.limits) as worker,
-        tempfile.TemporaryDirectory(dir=task.out / "build") as work,
+        tempfile.TemporaryDirectory(dir=task.work) as work,
         ShardWriter(tar) as writer,
     ):
         video = Path(work) / "video.mp4"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                report = worker.transcode(task.videos / source.path, video, source.start_s, source.end_s)
+                report = _transcode(worker, task.videos / source.path, video, source)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
@@ -80,9 +87,21 @@ def build_shard(task: ShardTask) -> int:
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
-    with committed(record_path(task.out, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
+    with committed(record_path(task.work, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
         stream.write_table(table.replace_schema_metadata(metadata))
     return len(rejects)
+
+
+def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> MediaReport:
+    """As the worker does it, but storage that fails gets some more chances. Raises RejectedError."""
+    for delay_s in READ_AGAIN_S:
+        try:
+            return worker.transcode(path, video, source.start_s, source.end_s)
+        except RejectedError as rejected:
+            if rejected.reason != Reason.READ_FAILED:
+                raise
+        time.sleep(delay_s)
+    return worker.transcode(path, video, source.start_s, source.end_s)
 
 
 def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """Line charts as plain geometry that a template draws as SVG: scales, ticks, paths, and short readable numbers."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.curves import Curve
 
@@ -40,11 +41,19 @@ class Area:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One of several runs in a chart: SVG path data, and the run's place on the page, which decides its colour."""
+
+    run: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
     """Everything the template needs to draw one chart; pixels of the viewBox.
 
-    raw, smooth: SVG path data; smooth is empty where raw is short. latest: the last value, for the caption. reference: a
-    horizontal line with a label, None where it lies outside.
+    raw, smooth: SVG path data; smooth is empty where raw is short. lines: instead of both, where several runs share the chart.
+    latest: the last value, for the caption. reference: a horizontal line with a label, None where it lies outside.
     """
 
     title: str
@@ -59,6 +68,7 @@ class Chart:
     spans: list[Area]
     hovers: list[Area]
     reference: Tick | None = None
+    lines: list[Line] = field(default_factory=list)
 
 
 def line_chart(
@@ -104,6 +114,40 @@ def line_chart(
         spans=[Area(x=x(span.begin), width=max(x(span.end) - x(span.begin), 1.5), text=span.text) for span in spans],
         hovers=_hovers(curve, x, x_label, x_scale, lambda value: write(value) + suffix),
         reference=Tick(at=y(reference[0]), label=reference[1]) if reference is not None and inside else None,
+    )
+
+
+def overlay_chart(
+    curves: Sequence[tuple[int, str, Curve]],
+    *,
+    title: str,
+    unit: str = "",
+    x_label: str = "step",
+    zero: bool = False,
+    text: Callable[[float], str] | None = None,
+) -> Chart | None:
+    """Several runs' curves, smoothed, in one chart; None where none has a point. curves: (place on the page, name, curve)."""
+    drawn = [(run, name, curve, curve.smooth()) for run, name, curve in curves if curve.x]
+    if not drawn:
+        return None
+    write, suffix = text or short, f" {unit}" if unit else ""
+    x_low, x_high = min(curve.x[0] for _, _, curve, _ in drawn), max(curve.x[-1] for _, _, curve, _ in drawn)
+    y_low, y_high = 0.0 if zero else min(min(values) for *_, values in drawn), max(max(values) for *_, values in drawn)
+    y_values = ticks(y_low, y_high, 4)
+    x, y = _scale(x_low, x_high, LEFT, WIDTH - RIGHT), _scale(min(y_values[0], y_low), max(y_values[-1], y_high), HEIGHT - BOTTOM, TOP)
+    return Chart(
+        title=title,
+        unit=unit,
+        x_label=x_label,
+        latest="",
+        summary=f"{title}: " + ", ".join(f"{name} ends at {write(values[-1])}{suffix}" for _, name, _, values in drawn),
+        x_ticks=[Tick(at=x(value), label=short(value)) for value in _inside(x_low, x_high, x_label == "step")],
+        y_ticks=[Tick(at=y(value), label=write(value)) for value in y_values],
+        raw="",
+        smooth="",
+        spans=[],
+        hovers=_shared_hovers(drawn, x_low, x_high, x, x_label, lambda value: write(value) + suffix),
+        lines=[Line(run=run, path=_path([(x(a), y(b)) for a, b in zip(curve.x, values, strict=True)])) for run, _, curve, values in drawn],
     )
 
 
@@ -195,4 +239,27 @@ def _hovers(curve: Curve, x: Callable[[float], float], x_label: str, x_scale: fl
         low, high = min(curve.low[i] for i in group), max(curve.high[i] for i in group)
         values = write(low) if low == high else f"{write(low)} to {write(high)}"
         areas.append(Area(x=begin, width=max(round(end - begin, 1), 0.5), text=f"{x_label} {short(curve.x[group[0]] / x_scale)}: {values}"))
+    return areas
+
+
+def _shared_hovers(
+    drawn: Sequence[tuple[int, str, Curve, list[float]]],
+    low: float,
+    high: float,
+    x: Callable[[float], float],
+    x_label: str,
+    write: Callable[[float], str],
+) -> list[Area]:
+    """Columns that cover the chart; each says where every run is at its middle."""
+    num = HOVERS if high > low else 1
+    areas = []
+    for i in range(num):
+        middle = low + (i + 0.5) / num * (high - low)
+        begin, end = x(low + i / num * (high - low)), x(low + (i + 1) / num * (high - low))
+        values = []
+        for _, name, curve, smooth in drawn:
+            if curve.x[0] <= middle <= curve.x[-1] or num == 1:
+                nearest = min(bisect_left(curve.x, middle), len(curve.x) - 1)
+                values.append(f"{name} {write(smooth[nearest])}")
+        areas.append(Area(x=begin, width=max(round(end - begin, 1), 0.5), text="\n".join([f"{x_label} {short(middle)}", *values])))
     return areas

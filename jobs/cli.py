@@ -1,7 +1,8 @@
 """The `posmlp` command: parses, calls one verb, and turns what went wrong into one clear message and an exit code.
 
 Verbs are imported when they are called, so that help answers at once. Exit codes: 0 done, 1 a user's error or a failed
-check, 2 wrong usage (click), 130 interrupted.
+check, 2 wrong usage (click), 75 stopped early by SIGTERM or train.time_limit with everything saved (the same command goes on),
+130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
 """
 
 import json
@@ -18,6 +19,7 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help="Short for launch.launcher=...; local is without Ray.")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -25,7 +27,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 def posmlp() -> None:
     """Build video datasets, train PosMLP-Video, resume exactly. Every command resumes what an earlier call of it began.
 
-    RECIPE is a YAML file or the name of a recipe that comes with the package (demo, weizmann, jhmdb12);
+    RECIPE is a YAML file or the name of a recipe that comes with the package (listed by 'posmlp recipes');
     KEY=VALUE overrides one of its keys, for example train.epochs=10.
     """
 
@@ -56,15 +58,48 @@ def data() -> None:
 @click.option("--videos", type=FOLDER, required=True, help="Folder of raw videos.")
 @click.option("--labels", type=FILE, help="CSV or Parquet with path,label[,split...,group,start_s,end_s]. Without it: class = subfolder.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the dataset, made if missing.")
+@click.option("--dry-run", is_flag=True, help="Try some videos and say what the build would take; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: machine-readable.")
 @OVERRIDES
-def data_build(videos: Path, labels: Path | None, out: Path, overrides: tuple[str, ...]) -> None:
-    """Verify, transcode and shard a folder of videos. KEY=VALUE sets keys of the recipe's data section: encode.gop=16."""
+def data_build(videos: Path, labels: Path | None, out: Path, dry_run: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Verify, transcode and shard a folder of videos. KEY=VALUE sets keys of the recipe's data section: encode.gop=16.
+
+    The same command resumes, and tries videos again that could not be read. With --dry-run exit code 1 means: not enough disk.
+    """
     from jobs import build
+    from jobs import dry_run as trial
     from jobs.recipe import parse_overrides
 
     sections = [f"data.{override}" for override in overrides]
     paths = {"videos": str(videos), "labels": None if labels is None else str(labels), "dir": str(out)}
-    build.build_dataset(parse_overrides({"data": paths}, sections))
+    recipe = parse_overrides({"data": paths}, sections)
+    if not dry_run:
+        build.build_dataset(recipe)
+        return
+    estimate = trial.run(recipe)
+    if as_json:
+        click.echo(json.dumps(trial.plain(estimate), indent=1, ensure_ascii=False))
+    else:
+        trial.show(estimate)
+    sys.exit(0 if estimate.fits else 1)
+
+
+@data.command("append")
+@click.option("--videos", type=FOLDER, required=True, help="Folder of the new videos.")
+@click.option("--labels", type=FILE, help="CSV or Parquet as for a build, with the dataset's split columns. Without it: class = subfolder.")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the dataset that grows.")
+@click.option("--allow-missing", is_flag=True, help="Go on without files that the labels name and the folder lacks.")
+@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True)
+def data_append(videos: Path, labels: Path | None, out: Path, allow_missing: bool, val_fraction: float) -> None:
+    """Add new videos to a dataset as new shards; what is in it stays byte for byte, classes keep their numbers.
+
+    Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels name no split; a group stays in its split.
+    The fingerprint changes: runs that began on the old dataset do not resume on the new one.
+    """
+    from jobs import append
+
+    done = append.run(videos=videos, labels=labels, out=out, allow_missing=allow_missing, val_fraction=val_fraction)
+    append.show(out, done)
 
 
 @data.command("validate")
@@ -83,15 +118,67 @@ def data_validate(folder: Path) -> None:
 @data.command("info")
 @click.argument("folder", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def data_info(folder: Path, as_json: bool) -> None:
+@click.option("--html", type=FILE, help="Write the card with histograms into this one HTML page.")
+def data_info(folder: Path, as_json: bool, html: Path | None) -> None:
     """Show what a dataset holds: classes, splits, sizes, quarantine."""
     from jobs import info
 
+    if html is not None:
+        from jobs import data_card
+
+        click.echo(f"card: {data_card.write_card(folder, html)}")
+        return
     card = info.run(folder)
     if as_json:
         click.echo(json.dumps(card, indent=1, ensure_ascii=False))
     else:
         info.show(card)
+
+
+@data.command("quarantine")
+@click.argument("folder", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def data_quarantine(folder: Path, as_json: bool) -> None:
+    """List the videos that are not in a dataset, by reason, and what to do about each."""
+    from jobs import quarantine_list as verb
+
+    if as_json:
+        click.echo(json.dumps(verb.run(folder), indent=1, ensure_ascii=False))
+    else:
+        verb.show(folder)
+
+
+@data.command("diff")
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def data_diff(a: Path, b: Path, as_json: bool) -> None:
+    """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 1 when not."""
+    from jobs import diff as verb
+
+    found = verb.run(a, b)
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        verb.show(found)
+    sys.exit(0 if found["equal"] else 1)
+
+
+@data.command("view")
+@click.argument("folder", type=FOLDER)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of 127.0.0.1.  [default: a free one]")
+@click.option("--recipe", help="Also show when this recipe's training uses an item, and what its model gets.")
+@OVERRIDES
+def data_view(folder: Path, port: int, recipe: str | None, overrides: tuple[str, ...]) -> None:
+    """Browse, filter and play a dataset in the browser. Serves this machine alone, to whoever has the printed address.
+
+    KEY=VALUE sets keys of the recipe. Ctrl-C ends it.
+    """
+    from jobs import view as verb
+
+    if overrides and recipe is None:
+        raise click.UsageError("KEY=VALUE sets a key of a recipe: add --recipe RECIPE.")
+    verb.run(folder, port=port, recipe=None if recipe is None else _load(recipe, overrides, None))
 
 
 @posmlp.command()
@@ -109,22 +196,183 @@ def train(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None
 
 @posmlp.command("eval")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="Print eval.json.")
-def evaluate(run_dir: Path, as_json: bool) -> None:
-    """Evaluate the newest checkpoint of a run folder on its validation split."""
+@click.option("--average", type=click.IntRange(min=1), default=1, help="Mean of the weights of this many newest kept checkpoints.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@OVERRIDES
+def evaluate(run_dir: Path, average: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Evaluate the newest checkpoint of a run folder on its validation split, into eval.json.
+
+    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, and one
+    of averaged checkpoints, is written beside eval.json under a name that says so: eval-clips4-crops3.json.
+    """
     from jobs import evaluate as verb
 
-    result = verb.run(run_dir)
+    result = verb.run(run_dir, overrides=overrides, average=average)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else verb.headline(result))
 
 
 @posmlp.command()
-@click.option("--out", type=FOLDER, default=Path("runs/demo"), show_default=True, help="Run folder.")
-def demo(out: Path) -> None:
-    """Make motion videos, build, train with two workers, kill one, resume, evaluate, report. Some minutes on two cores."""
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+@click.argument("videos", nargs=-1, required=True, type=ANY_PATH, metavar="VIDEO...")
+@click.option("--window", type=float, help="Seconds of one look of the timeline. Without it: what one clip was trained to see.")
+@click.option("--hop", type=float, help="Seconds from one look to the next. Without it: half a window.")
+@click.option("--timeline", type=FILE, help="Write this HTML page with a chart over time.")
+@click.option("--annotate", type=FILE, help="Write this MP4: a copy of the one video with label and score in its frames, without sound.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def predict(
+    run_dir: Path,
+    videos: tuple[Path, ...],
+    window: float | None,
+    hop: float | None,
+    timeline: Path | None,
+    annotate: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the five best classes of any video files, and of long ones what is seen when.
+
+    Each video is judged as evaluation would judge it. One more than four windows long, or any where --window, --hop, --timeline or
+    --annotate is given, also gets a timeline of overlapping windows. Exit code 1 when a video cannot be used; the others are predicted.
+    """
+    from jobs import predict as verb
+
+    result, failed = verb.run(run_dir, videos, window=window, hop=hop, timeline=timeline, annotate=annotate, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    sys.exit(1 if failed else 0)
+
+
+@posmlp.command()
+@click.argument("sources", type=click.Path(path_type=Path), metavar="RUN...", nargs=-1, required=True)
+@click.option("--out", type=FILE, help="Where the page is written.  [default: RUN/report.html, or comparison.html for several]")
+@click.option("--videos", "num_videos", type=click.IntRange(0, 60), default=12, show_default=True, help="How many play on the page.")
+def report(sources: tuple[Path, ...], out: Path | None, num_videos: int) -> None:
+    """One HTML page about a run, or one that compares several; complete in itself, opened in any browser.
+
+    Several runs are compared with the first. Where RUN is a file such as runs/mine/eval-clips4.json, that evaluation is taken.
+    """
+    from jobs import comparison
+    from jobs import report as verb
+
+    if len(sources) > 1:
+        path = comparison.write_comparison(sources, out or Path("comparison.html"), num_videos=num_videos)
+    else:
+        path = verb.write_report(sources[0], out=out, num_videos=num_videos)
+    click.echo(f"report: {path}")
+
+
+@posmlp.command()
+@click.option("--dir", "folder", type=FOLDER, default=Path("runs"), show_default=True, help="Where runs would go.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def doctor(folder: Path, as_json: bool) -> None:
+    """Try what this machine can do, and say what to do about what it cannot. Exit code 1 when something required does not work."""
+    from jobs import doctor as verb
+
+    checks = verb.run(folder)
+    if as_json:
+        click.echo(verb.as_json(checks))
+    else:
+        verb.show(checks)
+    sys.exit(0 if verb.healthy(checks) else 1)
+
+
+@posmlp.command()
+@click.argument("folder", type=FOLDER, default=Path("runs"))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def runs(folder: Path, as_json: bool) -> None:
+    """List the runs in FOLDER [default: runs]: finished, running, interrupted, failed or broken; step, top-1, size, last change."""
+    from dataclasses import asdict
+
+    from jobs import runs as verb
+
+    found = verb.run(folder)
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
+    else:
+        verb.show(found, folder)
+
+
+@posmlp.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes that come with the package, or print the one called NAME."""
+    from jobs import recipes_list as verb
+
+    if name is not None:
+        click.echo(verb.text(name), nl=False)
+    elif as_json:
+        click.echo(verb.as_json(verb.run()))
+    else:
+        verb.show(verb.run())
+
+
+@posmlp.command()
+@click.option("--videos", type=FOLDER, help="Folder of your own videos, instead of motion videos made for the demo.")
+@click.option("--labels", type=FILE, help="With --videos: CSV or Parquet with path,label. Without it: class = subfolder.")
+@click.option("--out", type=FOLDER, help="Run folder.  [default: runs/demo, or runs/demo-FOLDER with --videos]")
+@OVERRIDES
+def demo(videos: Path | None, labels: Path | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+    """Make motion videos, build, train with two workers, kill one, resume, evaluate, report. Some minutes on two cores.
+
+    With --videos the same on your own. KEY=VALUE changes a key of the recipe `demo`, for example data.split_column=split1.
+    """
     from jobs import demo as verb
 
-    verb.run(out)
+    verb.run(out, videos=videos, labels=labels, overrides=overrides)
+
+
+@posmlp.group()
+def checkpoint() -> None:
+    """Checkpoints of a run: list, look into, check every byte, export the weights."""
+
+
+STEP = click.option("--step", type=int, help="Of the checkpoint; the newest one without.")
+
+
+@checkpoint.command("list")
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+def checkpoint_list(run_dir: Path) -> None:
+    """The run's checkpoints, newest first."""
+    from jobs import checkpoint_tools as verb
+
+    for found in verb.listed(run_dir):
+        click.echo(verb.line(found))
+
+
+@checkpoint.command("inspect")
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+@STEP
+def checkpoint_inspect(run_dir: Path, step: int | None) -> None:
+    """Recipe, dataset, classes and tensors of one checkpoint, as JSON."""
+    from jobs import checkpoint_tools as verb
+
+    click.echo(json.dumps(verb.inspect(verb.chosen(run_dir, step)), indent=1, ensure_ascii=False))
+
+
+@checkpoint.command("verify")
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+def checkpoint_verify(run_dir: Path) -> None:
+    """Compare every byte with its digest. Exit code 1 when a checkpoint is damaged."""
+    from jobs import checkpoint_tools as verb
+
+    problems = verb.verify(run_dir)
+    for problem in problems:
+        click.echo(problem)
+    click.echo(f"{run_dir}: {len(problems)} damaged checkpoints" if problems else f"{run_dir}: all checkpoints are whole")
+    sys.exit(1 if problems else 0)
+
+
+@checkpoint.command("export")
+@click.argument("run_dir", type=FOLDER, metavar="RUN")
+@STEP
+@click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option("--last", is_flag=True, help="The last weights even where their running average (optimizer.ema) is there.")
+def checkpoint_export(run_dir: Path, step: int | None, out: Path, last: bool) -> None:
+    """Weights and buffers as one safetensors file under the released names."""
+    from jobs import checkpoint_tools as verb
+
+    chosen = verb.chosen(run_dir, step)
+    click.echo(f"{out}: {len(verb.export(chosen, out, averaged=not last))} tensors of step {chosen.step}")
 
 
 @posmlp.group()
@@ -150,6 +398,26 @@ def bench_memory(num_videos: int) -> None:
         click.echo(f"{name}: {value}")
 
 
+@bench.command("augment")
+def bench_augment() -> None:
+    """CPU time per clip of every augmentation, at 112 and 224 pixels."""
+    from jobs import bench_augment as verb
+
+    click.echo(verb.table(verb.run()))
+
+
+@bench.command("ablations")
+@click.option("--videos", type=FOLDER, required=True, help="J-HMDB's videos.")
+@click.option("--labels", type=FILE, required=True, help="Their label file, with the official splits.")
+@click.option("--out", type=FOLDER, default=Path("runs/ablations"), show_default=True, help="Runs, resumed by the same command.")
+@click.option("--steps", type=click.IntRange(min=1), default=400, show_default=True, help="Optimizer steps of each run.")
+def bench_ablations(videos: Path, labels: Path, out: Path, steps: int) -> None:
+    """What each choice in the model is worth on J-HMDB: zeros against trunc_normal, block types, versions, stems, groups."""
+    from jobs import bench_ablations as verb
+
+    click.echo(verb.table(verb.run(videos.absolute(), labels.absolute(), out.absolute(), steps)))
+
+
 @bench.command("model")
 @click.option("--presets", default="posmlp_s", show_default=True, help="Comma-separated.")
 @click.option("--repeats", default=3, show_default=True, help="Interleaved repeats of each measurement.")
@@ -162,7 +430,7 @@ def bench_model(presets: str, repeats: int) -> None:
 
 def main() -> None:
     """Entry point: a user's error is one message on standard error and exit code 1, never a traceback."""
-    from jobs.errors import JobError, user_errors
+    from jobs.errors import JobError, explained, user_errors
     from jobs.packages import verify_packages
 
     try:
@@ -170,6 +438,8 @@ def main() -> None:
     except JobError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    from cluster.errors import StoppedError
+
     try:
         posmlp(standalone_mode=False)
     except click.exceptions.Abort:
@@ -181,11 +451,14 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except StoppedError as error:
+        click.echo(f"stopped: {error}", err=True)
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h
     except user_errors() as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder, a path that is not what it should be
-        click.echo(f"error: {error.strerror or error}: {error.filename or 'no file named'}", err=True)
+        click.echo(f"error: {explained(error)}", err=True)
         sys.exit(1)
 
 

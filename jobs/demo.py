@@ -1,15 +1,16 @@
-"""posmlp demo: the whole system on videos it makes itself, with a worker killed on purpose in the middle of an epoch.
+"""posmlp demo: the whole system on videos it makes itself, or on the user's own, with a worker killed on purpose between checkpoints.
 
-The class of each video is its motion, so a model that sees one frame must stay at chance: the same model on single frames is
+The class of each video that it makes is its motion, so a model that sees one frame must stay at chance: the same model on single frames is
 trained beside it and shown in the report. Running the command again resumes, or finds everything done.
 """
 
+import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.table import Table
 from cluster.lease import read_attempts
 from jobs import build, evaluate, report, train
 from jobs.beside import beside
+from jobs.errors import RecipeError
 from jobs.recipe import Recipe, load_recipe
 from jobs.run_folder import open_dataset, total_steps
 from jobs.synthesize import synthesize
@@ -30,12 +32,23 @@ POLL_S = 0.1
 TAIL_BYTES = 4096  # several lines of metrics
 
 
-def run(out: Path) -> None:
-    """Makes videos, builds, trains with a kill, evaluates, compares with single frames, reports, and prints a summary."""
+def run(out: Path | None = None, *, videos: Path | None = None, labels: Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Builds, trains with a kill, evaluates, compares with single frames, reports, and prints a summary.
+
+    videos, labels: the user's own; without them the demo's, which are made first. out: the run folder; None: below `runs`.
+    Raises RecipeError for labels without videos.
+    """
     began = time.monotonic()
-    videos = out / "videos"
-    synthesize(videos, num_clips=NUM_CLIPS, seed=0)
-    recipe = load_recipe("demo", [f"run.dir={out}", f"data.videos={videos}", f"data.labels={videos / 'labels.csv'}"])
+    if videos is None:
+        if labels is not None:
+            raise RecipeError("--labels without --videos: the demo's own videos have their labels. Add --videos FOLDER.")
+        out = out or Path("runs/demo")
+        videos, labels = out / "videos", out / "videos" / "labels.csv"
+        synthesize(videos, num_clips=NUM_CLIPS, seed=0)
+    out = out or Path("runs") / f"demo-{videos.resolve().name}"
+    paths = {"run.dir": out, "data.videos": videos, "data.labels": labels}
+    given = [f"{key}={json.dumps(None if path is None else str(path))}" for key, path in paths.items()]
+    recipe = load_recipe("demo", [*given, *overrides])
     info = build.build_dataset(recipe)
     steps = _total_steps(recipe)
     with _kill_one_worker(recipe.run_dir, recipe.checkpoint.every, steps):

@@ -28,7 +28,8 @@ def run(root: Path) -> dict[str, object]:
         "folder": str(root),
         "fingerprint": info.fingerprint,
         "items": len(dataset),
-        "quarantined": _quarantine(root),
+        "quarantined": _quarantine(root / info.quarantine_file),
+        "quarantine_list": str(root / info.quarantine_file),
         "classes": dict(zip(info.classes, labels.tolist(), strict=True)),
         "splits": splits,
         "shards": len(info.shards),
@@ -50,8 +51,7 @@ def _spread(values: npt.NDArray[np.int64]) -> dict[str, int]:
     return {name: int(np.percentile(values, share)) for name, share in points.items()}
 
 
-def _quarantine(root: Path) -> dict[str, int]:
-    path = root / "quarantine.parquet"
+def _quarantine(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     return dict(Counter(pyarrow.parquet.read_table(path, columns=["reason"]).column("reason").to_pylist()).most_common())

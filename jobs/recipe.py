@@ -18,6 +18,7 @@ import pydantic
 import yaml
 
 from cluster.options import CheckpointOptions, EngineOptions, LaunchOptions, OptimizerOptions
+from jobs.deadline import seconds
 from jobs.errors import RecipeError
 from model.presets import ModelConfig
 from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOptions, LoaderOptions
@@ -44,7 +45,10 @@ class DataSection(Section):
 
     videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
     dir: the built dataset; None: the folder `dataset` in the run folder.
+    split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
+    allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
+    shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
     """
 
     videos: Path | None = None
@@ -66,6 +70,9 @@ class TrainSection(Section):
 
     global_batch, micro_batch: clips. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
     trace: every rank records keys, frames, crops and tensor digests of what it consumed under `trace/`.
+    time_limit: how long a call may take, as 3h30m or in seconds: it saves in time, ends with exit code 75, and the same command goes on.
+    init_from: weights to begin with: a run folder, a checkpoint's folder, or a file (.safetensors, .pth).
+    freeze: beginnings of parameter names that are not trained, for example [patch_embed1, blocks1].
     """
 
     global_batch: Count = 32
@@ -73,6 +80,9 @@ class TrainSection(Section):
     epochs: Annotated[float, pydantic.Field(gt=0)] = 60.0
     steps: Count | None = None
     trace: bool = False
+    time_limit: Annotated[float, pydantic.BeforeValidator(seconds)] | None = None
+    init_from: Path | None = None
+    freeze: tuple[str, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> Self:
@@ -85,9 +95,23 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    """micro_batch: videos in one forward pass."""
+    """How a split is judged: every video is seen in clips x crops (x 2 with `flip`) views, which are fused to one prediction.
+
+    micro_batch: views in one forward pass. clips: spread evenly over the video; in segment sampling all cover it, shifted within the
+    segments; uniform sampling has one only. crops: 1 is the centre, 3 lie along the longer side.
+    flip: each view also mirrored; refused where augment.flip is 0, since left and right may be classes there.
+    fusion: "sum_logits" adds the views' logits, "mean_softmax" averages their probabilities.
+    """
 
     micro_batch: Count = 8
+    clips: Annotated[int, pydantic.Field(ge=1, le=100)] = 1
+    crops: Literal[1, 3] = 1
+    flip: bool = False
+    fusion: Literal["sum_logits", "mean_softmax"] = "sum_logits"
+
+    @property
+    def num_views(self) -> int:
+        return self.clips * self.crops * (2 if self.flip else 1)
 
 
 class Recipe(Section):
@@ -106,6 +130,31 @@ class Recipe(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     launch: LaunchOptions = LaunchOptions()
     eval: EvalSection = EvalSection()
+
+    @pydantic.model_validator(mode="after")
+    def _views_exist(self) -> Self:
+        if self.eval.flip and self.augment.flip == 0:
+            raise ValueError("eval.flip: got true, expected false where augment.flip is 0: training never showed a mirrored video")
+        if self.eval.clips > 1 and self.clip.sampling == "uniform":
+            raise ValueError(f"eval.clips: got {self.eval.clips}, expected 1 where clip.sampling is uniform, which has one clip only")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _views_and_mixing_fit(self) -> Self:
+        micro, repeats = self.train.micro_batch, self.augment.repeats
+        if micro % repeats:
+            raise ValueError(f"augment.repeats: got {repeats}, expected a divisor of train.micro_batch ({micro}), which counts views")
+        if self.augment.mix is not None and micro // repeats < 2:
+            raise ValueError(
+                f"augment.mix: got a micro-batch of one sample, expected at least 2 to mix: set train.micro_batch={2 * repeats} or more, "
+                "or remove augment.mix"
+            )
+        return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """Positions of the training stream in a global batch, which counts the views of each."""
+        return self.train.global_batch // self.augment.repeats
 
     @property
     def run_dir(self) -> Path:
@@ -141,11 +190,12 @@ class Recipe(Section):
         """
         plain = self.model_dump(mode="json")
         kept = {name: plain[name] for name in ("clip", "augment", "model", "optimizer")}
-        kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps")}
+        kept["optimizer"] = {name: value for name, value in plain["optimizer"].items() if name not in ("max_skipped", "max_spike")}
+        kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps", "init_from", "freeze")}
         kept["run"] = {"seed": plain["run"]["seed"]}
         kept["engine"] = {"precision": plain["engine"]["precision"]}
         kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split")}
-        return dict(sorted(_flatten(kept).items()))
+        return {f"{section}.{name}": value for section, keys in sorted(kept.items()) for name, value in sorted(keys.items())}
 
 
 def recipe_names() -> list[str]:
@@ -191,7 +241,8 @@ def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None 
 def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe:
     data = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "labels", "dir")}
     run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
-    return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data)})
+    train = recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)})
+    return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data), "train": train})
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -229,7 +280,7 @@ def _apply(values: dict[str, object], override: str) -> None:
     *sections, last = key.split(".")
     node = values
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node[section] = {} if node.get(section) is None else node[section]  # an optional section is null when it is off
         if not isinstance(child, dict):
             raise RecipeError(f"'{override}': '{section}' is a value, not a section.")
         node = child
@@ -295,16 +346,6 @@ def _line(key: str, lines: Mapping[str, int]) -> str:
             return f" (line {lines[key]})"
         key = key.rpartition(".")[0]
     return ""
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _absolute(path: Path | None) -> Path | None:

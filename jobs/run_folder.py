@@ -4,7 +4,8 @@ recipe.yaml      the resolved recipe            env.json       versions and mach
 metrics.jsonl    one event a line               attempts/      one file per start of the gang, the newest may write
 checkpoints/     step-…/ with manifest last     damage/        samples that were replaced, per rank
 logs/            what workers printed           trace/         what every rank consumed (train.trace: true)
-eval/, eval.json per-video records, figures     report.html
+eval/            views judged so far            eval.json      predictions and figures, as the recipe asks
+report.html      the page about it              eval-….json    the same, judged in another way
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import subprocess
 from pathlib import Path
 
 import click
+import numpy as np
 
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
@@ -26,6 +28,7 @@ from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
 from pipeline.order import ORDER_VERSION
 
+SHOWN = 5  # classes named in a message
 _LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
 
 
@@ -101,15 +104,15 @@ def recipe_of(run_dir: Path) -> Recipe:
 
 
 def checkpoints(recipe: Recipe) -> CheckpointStore:
-    """The run's checkpoint store."""
-    return CheckpointStore(recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep)
+    """The run's checkpoint store. A key that an older checkpoint does not state had its default: a new key's default changes nothing."""
+    return CheckpointStore(recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, absent=Recipe().numerics())
 
 
 def total_steps(recipe: Recipe, num_samples: int) -> int:
     """Optimizer steps of a run over a train split of `num_samples` items."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.train.global_batch))
+    return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.samples_per_step))
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> dict[str, object]:
@@ -129,11 +132,11 @@ def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
     dataset = Dataset.open(recipe.dataset_dir)
-    with (dataset.root / "index.arrow").open("rb") as file:
+    with (dataset.root / dataset.info.index_file).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != dataset.info.index_sha256:
         raise DatasetError(
-            f"{dataset.root / 'index.arrow'} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
+            f"{dataset.root / dataset.info.index_file} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
             f"{dataset.info.index_sha256[:16]}…. Run 'posmlp data validate {dataset.root}', then build it again."
         )
     for shard in dataset.info.shards:
@@ -145,3 +148,25 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
     if len(dataset.rows(recipe.data.split_column, split)) == 0:
         raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
     return dataset
+
+
+def check_classes(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises DatasetError where the recipe's splits cannot teach what they ask for: no validation videos, or a class without training ones.
+
+    Before training, which may take days, and not after it.
+    """
+    column, train, val = recipe.data.split_column, recipe.data.train_split, recipe.data.val_split
+    labels = dataset.column("label")
+    found = {split: labels[dataset.rows(column, split)].astype(np.int64) for split in (train, val)}
+    counts = {split: np.bincount(values, minlength=len(dataset.info.classes)) for split, values in found.items()}
+    if not counts[val].any():
+        raise DatasetError(
+            f"{dataset.root}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."
+        )
+    lacking = [f"'{name}' ({counts[val][label]} in '{val}')" for label, name in enumerate(dataset.info.classes) if not counts[train][label]]
+    if lacking:
+        raise DatasetError(
+            f"{dataset.root}: {len(lacking)} of {len(dataset.info.classes)} classes have no video in '{train}' of '{column}': "
+            f"{', '.join(lacking[:SHOWN])}. Nothing can be learned of them: give '{train}' some of their videos, or leave these classes "
+            "out of the labels. 'posmlp data info' shows which videos were quarantined."
+        )

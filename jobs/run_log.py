@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.metrics import MetricsWriter
+from cluster.metrics import MetricsWriter, read_metrics
 from cluster.topology import Worker
 from jobs.beside import beside
 from jobs.progress import Progress
@@ -27,7 +27,7 @@ class RankLog:
     """Metrics (rank 0), damaged samples and, on request, the trace of what this rank consumed."""
 
     def __init__(self, recipe: Recipe, worker: Worker) -> None:
-        self._batch = recipe.train.global_batch
+        self._batch, self._samples = recipe.train.global_batch, recipe.samples_per_step
         self._metrics = MetricsWriter(recipe.run_dir / "metrics.jsonl", worker.attempt) if worker.rank == 0 else None
         self._damage_path = recipe.run_dir / "damage" / f"rank-{worker.rank}.jsonl"
         self._damage: MetricsWriter | None = None
@@ -61,13 +61,14 @@ class RankLog:
         self.event(
             "step",
             step=step,
-            epoch=round(step * self._batch / num_samples, 4),
+            epoch=round(step * self._samples / num_samples, 4),
             loss=result.loss,
             lr=result.lr,
             grad_norm=result.grad_norm,
             clips_per_s=round(self._batch / seconds, 3),
             data_wait=round(min(1.0, self._waited / seconds), 4),
             step_s=round(seconds, 4),
+            **({"skipped": result.skipped} if result.skipped else {}),
         )
         self._waited = 0.0
 
@@ -92,6 +93,13 @@ class RankLog:
         for writer in (self._metrics, self._damage, self._trace):
             if writer is not None:
                 writer.close()
+
+
+def damage_before(run_dir: Path, position: int) -> set[int]:
+    """Positions of damaged samples before `position` that any rank of any attempt wrote down; each counts once."""
+    events = [event for path in sorted((run_dir / "damage").glob("rank-*.jsonl")) for event in read_metrics(path)]
+    found = {int(str(event["position"])) for event in events if event["event"] == "damage"}
+    return {each for each in found if each < position}
 
 
 def _trace_line(batch: "Batch") -> dict[str, object]:
@@ -126,14 +134,15 @@ def _tail(metrics: Path, offset: int, progress: Progress, done: int, stop: threa
         for line in lines:
             event = _step_event(line)
             if event is not None and event["step"] > done:  # steps replayed after a kill were counted before
-                progress.advance(int(event["step"]) - done, f"loss {event['loss']:.3f}, data wait {event['data_wait']:.0%}")
+                loss = "no finite loss" if event["loss"] is None else f"loss {event['loss']:.3f}"
+                progress.advance(int(event["step"]) - done, f"{loss}, data wait {event['data_wait']:.0%}")
                 done = int(event["step"])
         if last:
             return
         stop.wait(POLL_S)
 
 
-def _step_event(line: bytes) -> dict[str, float] | None:
+def _step_event(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
     except ValueError:  # a line torn by a kill

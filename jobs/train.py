@@ -15,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster import lease
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import Checkpoint, CheckpointStore
+from cluster.errors import StoppedError
 from cluster.metrics import MetricsWriter
+from cluster.stopping import stop_asked
 from cluster.topology import Worker, num_micro_batches
+from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
-from jobs.run_log import RankLog, follow
+from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
+from jobs.run_log import RankLog, damage_before, follow
+from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
 
 if TYPE_CHECKING:
@@ -36,13 +40,17 @@ if TYPE_CHECKING:
 def run(recipe: Recipe) -> int:
     """Trains until the recipe's last step, resuming from the newest whole checkpoint. Returns the step reached.
 
-    Raises PipelineError, ClusterError or JobError with a text for the user.
+    Raises PipelineError, ClusterError or JobError with a text for the user; StoppedError, everything saved, after SIGTERM or when
+    `train.time_limit` is near.
     """
     from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
 
+    end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
     dataset = open_dataset(recipe, recipe.data.train_split)
+    check_classes(recipe, dataset)
     steps = total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
+    swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
     with lease.hold(recipe.run_dir):
         found = newest_checkpoint(recipe, dataset)
         done = found.step if found else 0
@@ -53,12 +61,14 @@ def run(recipe: Recipe) -> int:
         with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
             launch(
                 "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json")},
+                {"recipe": recipe.model_dump(mode="json"), "end": end},
                 run_dir=recipe.run_dir,
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
                 on_event=partial(_record, metrics),
                 user_errors=user_errors(),
+                progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
+                stoppable=True,
             )
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
@@ -75,11 +85,15 @@ def _record(metrics: Path, event: Mapping[str, object]) -> None:
     writer.close()
 
 
+def _saved_step(checkpoints: str) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    found = CheckpointStore(Path(checkpoints), keep=1).manifests()
+    return found[0].step if found else 0
+
+
 def worker(payload: Mapping[str, object], worker: Worker) -> None:
-    """One rank of the gang, from the resume point to the last step."""
-    from cluster.engine import Engine
+    """One rank of the gang, from the resume point to the last step, or to the step at which it is asked to stop."""
     from cluster.worker import agree, heartbeat
-    from jobs.trained_model import build_model
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
@@ -93,22 +107,11 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     found = store.at(number) if number else None
     start = found.step if found else 0
 
-    model = build_model(recipe, len(dataset.info.classes))
-    engine = Engine(
-        model,
-        optimizer=recipe.optimizer,
-        options=recipe.engine,
-        total_steps=steps,
-        num_micro_batches=micro_batches,
-        worker=worker,
-        no_weight_decay=model.no_weight_decay(),
-        seed=recipe.run.seed,
-    )
-    if found is not None:
-        engine.restore(found.load())
     log = RankLog(recipe, worker)
+    engine = _engine(recipe, dataset, worker, steps, found, log)
     log.event("attempt", step=start, world_size=worker.world_size)
     saver = _Saver(recipe, dataset, store, worker, log)
+    deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
     with Loader(
         dataset,
@@ -120,18 +123,72 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         threads=worker.threads,
         device=worker.device,
         on_damage="substitute",
+        counted=_counted(recipe, worker, start),
     ) as loader:
         batches = log.watch(loader)
         for step in range(start, steps):
             began = time.perf_counter()
-            result = engine.train_step(step, itertools.islice(batches, micro_batches // worker.world_size), loss)
-            log.step(step + 1, result, time.perf_counter() - began, len(rows))
+            mine = itertools.islice(batches, micro_batches // worker.world_size)
+            result = engine.train_step(step, mine, loss, stop=lambda: stop_asked() or deadline.near())
+            seconds = time.perf_counter() - began
+            log.step(step + 1, result, seconds, len(rows))
+            deadline.step(seconds)
             heartbeat()
-            if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
-                saver.save(step + 1, engine)
+            if result.stop or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
+                saver.save(step + 1, engine, deadline)
+            if result.stop and step + 1 < steps:
+                saver.wait()
+                agree(step + 1)  # nobody leaves before rank 0 has committed
+                log.event("stop", step=step + 1, reason="SIGTERM" if stop_asked() else "train.time_limit")
+                log.close()
+                raise StoppedError(f"{recipe.run_dir} is saved at step {step + 1} of {steps}; the same command goes on from there.")
     saver.wait()
     log.event("end", step=steps)
     log.close()
+
+
+def _engine(recipe: Recipe, dataset: Dataset, worker: Worker, steps: int, found: Checkpoint | None, log: RankLog) -> "Engine":
+    """The engine at its resume point, or with its first weights. An error of `train.init_from` or `train.freeze` shows at once."""
+    from cluster.engine import Engine
+    from jobs.initial import freeze, initialise, rate_scales
+    from jobs.trained_model import build_model
+
+    model = build_model(recipe, len(dataset.info.classes))
+    if found is None and recipe.train.init_from is not None:
+        report = initialise(model, recipe.train.init_from)
+        facts = {"kept": len(report.kept), "resized": report.resized, "fresh": report.fresh, "dropped": report.dropped}
+        log.event("init", source=str(recipe.train.init_from), text=str(report), **facts)
+    frozen = freeze(model, recipe.train.freeze)
+    if frozen:
+        log.event("freeze", parameters=len(frozen))
+    engine = Engine(
+        model,
+        optimizer=recipe.optimizer,
+        options=recipe.engine,
+        total_steps=steps,
+        num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
+        worker=worker,
+        no_weight_decay=model.no_weight_decay(),
+        rate_scales=rate_scales(model, recipe.optimizer.layer_decay),
+        seed=recipe.run.seed,
+    )
+    if found is not None:
+        engine.restore(found.load())
+    return engine
+
+
+def _deadline(payload: Mapping[str, object], engine: "Engine", worker: Worker) -> Deadline:
+    """Of the whole gang; rank 0 looks at the clock."""
+    end = payload.get("end") if worker.rank == 0 else None
+    return Deadline(float(str(end)) if end is not None else None, engine.state_bytes)
+
+
+def _counted(recipe: Recipe, worker: Worker, start: int) -> tuple[int, int]:
+    """(samples, damaged ones) that this rank would have counted had it run from the first step on: a function of positions alone."""
+    size, micro = recipe.samples_per_step, recipe.train.micro_batch // recipe.augment.repeats
+    damaged = damage_before(recipe.run_dir, start * size)
+    mine = [position for position in damaged if position % size // micro % worker.world_size == worker.rank]
+    return start * size // worker.world_size, len(mine)
 
 
 def _requests(
@@ -157,7 +214,7 @@ def _requests(
 def _loss(label_smoothing: float, model: "torch.nn.Module", batch: "Batch") -> "torch.Tensor":
     from model.objective import cross_entropy
 
-    return cross_entropy(model(batch.clips), batch.labels, label_smoothing)
+    return cross_entropy(model(batch.clips), batch.labels if batch.targets is None else batch.targets, label_smoothing)
 
 
 class _Saver:
@@ -165,13 +222,19 @@ class _Saver:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, store: CheckpointStore, worker: Worker, log: RankLog) -> None:
         self._store, self._worker, self._log = store, worker, log
+        self._gather_s = 0.0
         self._fence = partial(lease.check, recipe.run_dir, worker.attempt)
         self._meta = {**identity(recipe, dataset), "classes": dataset.info.classes, "recipe": recipe.model_dump(mode="json")}
 
-    def save(self, step: int, engine: "Engine") -> None:
+    def save(self, step: int, engine: "Engine", deadline: Deadline) -> None:
         began = time.perf_counter()
         tensors = engine.state()
         if self._worker.rank == 0:
+            gather_s = time.perf_counter() - began
+            self._store.wait()
+            if self._store.save_s:
+                deadline.saved(self._gather_s + self._store.save_s)
+            self._gather_s = gather_s
             self._store.save_in_background(step, tensors, self._meta, fence=self._fence)
             size = sum(array.nbytes for array in tensors.values())
             self._log.event("checkpoint", step=step, seconds=round(time.perf_counter() - began, 4), bytes=size)

@@ -45,7 +45,7 @@ def run(root: Path) -> list[Problem]:
         dataset = Dataset.open(root)
     except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
         dataset = Dataset(root, info, index_schema(list(info.splits)).empty_table())
-        problems = [_problem("index.arrow", "", "index", "as built", str(error))]
+        problems = [_problem(info.index_file, "", "index", "as built", str(error))]
     else:
         problems = _of_index(dataset)
     shards = info.shards
@@ -62,10 +62,11 @@ def run(root: Path) -> list[Problem]:
 
 def _of_index(dataset: Dataset) -> list[Problem]:
     problems = []
-    with (dataset.root / "index.arrow").open("rb") as file:
+    index = dataset.info.index_file
+    with (dataset.root / index).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != dataset.info.index_sha256:
-        problems.append(_problem("index.arrow", "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
+        problems.append(_problem(index, "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
     info = dataset.info
     fingerprint = info.with_fingerprint().fingerprint
     if fingerprint != info.fingerprint:
@@ -78,16 +79,14 @@ def _of_index(dataset: Dataset) -> list[Problem]:
     for name, bound in bounds.items():
         values = dataset.column(name).astype(np.int64)
         wrong = np.flatnonzero((values < (-1 if name.startswith(SPLIT_PREFIX) else 0)) | (values >= bound))
-        problems += [
-            _problem("index.arrow", dataset.text("key", row), name, f"below {bound}", str(values[row])) for row in wrong[:SHOWN].tolist()
-        ]
+        problems += [_problem(index, dataset.text("key", row), name, f"below {bound}", str(values[row])) for row in wrong[:SHOWN].tolist()]
     empty = np.flatnonzero(dataset.column("end").astype(np.int64) <= dataset.column("begin").astype(np.int64))
-    problems += [_problem("index.arrow", dataset.text("key", row), "frames", "at least one", "none") for row in empty[:SHOWN].tolist()]
+    problems += [_problem(index, dataset.text("key", row), "frames", "at least one", "none") for row in empty[:SHOWN].tolist()]
     shard_numbers = dataset.column("shard").astype(np.int64)
     for number, shard in enumerate(info.shards):
         count = int((shard_numbers == number).sum())
         if shard.num_items != count:
-            problems.append(_problem("index.arrow", "", f"number of rows of {shard.file}", str(shard.num_items), str(count)))
+            problems.append(_problem(index, "", f"number of rows of {shard.file}", str(shard.num_items), str(count)))
     return problems
 
 

@@ -1,18 +1,19 @@
 """Blocks: how the gating units, their linear layers and the residual make one layer of the network.
 
-Tokens of a stage travel as (N, D) channels-last rows in *window order*, (B, T, windows, tokens of a window): put into that
-order once per stage (:class:`WindowGrid`), so that no unit has to partition anything. A layer is
+Tokens of a stage travel as channels-last *tubes*, (R, T, n, D): a window of n tokens through T frames, of R = B * windows in
+all (:class:`WindowGrid`). A layer is
 
     f(x) = fc2(G(GELU(fc1(LN(x)))))                                                                        [released]
 
-and a block adds one, two or a combination of them to x. Three things are arranged for speed, none changes the result beyond
-rounding: fc1 writes hidden channels as rows, sorted by channel group, which is what the units' matrix products want;
-LayerNorm's scale and shift are folded into fc1, so layers that read the same x share one normalisation; and fc2 adds to the
-sum of the layers before it instead of making its own.
+and a block adds one, two or a combination of them to x. Four things are arranged for speed, none changes the result beyond
+rounding. Tubes do not see each other, so on a CPU a block takes a few at a time and what it makes of them stays in the
+cache. fc1 writes hidden channels as rows, sorted by channel group, which is what the units' matrix products want. LayerNorm's
+scale and shift are folded into fc1, so layers that read the same x share one normalisation. And fc2 adds to the residual and
+the layers before it instead of making its own.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.presets import ResolvedConfig, Version
-from model.units import GatingUnit, PoSGU, PoSTGU, PoTGU
+from model.units import GatingUnit, PoSGU, PoSTGU, PoTGU, Relations, gate_activated, gelu_gate
 from model.windows import WindowGrid
 
 NORM_EPS = 1e-5
+CACHE_BYTES = 8 * 2**20  # hidden channels of the tubes that a block takes at once on a CPU
 
 
 class GatedLayer(nn.Module):
@@ -49,46 +51,84 @@ class GatedLayer(nn.Module):
         self.version = version
         self.groups = units[0].pos.groups
 
-    def fc1_rows(self) -> tuple[Tensor, Tensor]:
-        """fc1 with LN's scale and shift folded in, rows sorted by (piece, group, channel of the group): (r_e*D, D), (r_e*D,)."""
-        weight = self.fc1.weight * self.norm.weight
-        bias = self.fc1.bias + (self.fc1.weight * self.norm.bias).sum(dim=1)
+    def weights(self, frames: int, sides: tuple[int, int], kind: torch.dtype) -> "LayerWeights":
+        """Everything of this layer that no token decides, for tubes of a grid, in the type ``kind``.
+
+        LN's scale and shift are folded into fc1. Hidden channel c of a piece belongs to group c mod g, so (C/g, g) is the order
+        of its rows, and they are sorted by (piece, group, channel of the group).
+        """
         pieces = 4 if self.version == "v2" else 2
-        # Hidden channel c of a piece belongs to group c mod g, so (C/g, g) is the order of its rows.
-        weight = weight.view(pieces, -1, self.groups, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        return weight, bias.view(pieces, -1, self.groups).transpose(1, 2).reshape(-1)
+        fc1 = (self.fc1.weight * self.norm.weight).to(kind)
+        fc1 = fc1.view(pieces, -1, self.groups, fc1.shape[1]).transpose(1, 2).reshape(fc1.shape)
+        bias = torch.addmv(self.fc1.bias, self.fc1.weight, self.norm.bias).to(kind)
+        bias = bias.view(pieces, -1, self.groups).transpose(1, 2).reshape(-1, 1)
+        fc2 = self.fc2.weight.to(kind)
+        fc2 = fc2.view(len(fc2), 2 if self.version in ("v2", "v3") else 1, -1, self.groups).transpose(2, 3).reshape(fc2.shape).t()
+        units = [self.gate_unit] if self.version == "v1" else [self.gate_unit_t, self.gate_unit_s]
+        return LayerWeights(fc1, bias, fc2, tuple(unit.relations(frames, sides, kind) for unit in units))
 
-    def fc2_rows(self) -> Tensor:
-        """fc2's weight transposed, rows sorted like the gated channels: (gated channels, D)."""
-        weight = self.fc2.weight
-        pieces = 2 if self.version in ("v2", "v3") else 1
-        return weight.view(weight.shape[0], pieces, -1, self.groups).transpose(2, 3).reshape(weight.shape).t()
+    def gated(self, normed: Tensor, own: "LayerWeights", tubes: torch.Size, real: Tensor | None) -> Tensor:
+        """Normalised tokens (R*T*n, D) of ``tubes``, a shape (R, T, n), to the gated channels (rows, R*T*n) as fc2 reads them."""
+        one_product = _gelu_in_the_product(normed)
+        if one_product:
+            # The product takes no bias for its rows, but a column of ones does.
+            fc1, ones = torch.cat([own.fc1, own.fc1_bias], dim=1), F.pad(normed, (0, 1), value=1.0)
+            hidden = torch.ops.mkldnn._linear_pointwise(fc1, ones, None, "gelu", [], "none")
+        else:
+            hidden = torch.addmm(own.fc1_bias, own.fc1, normed.t())  # (r_e*D, R*T*n)
+        # Through time first, then through space: two pieces each in V2, the same two in V3 and V4.
+        both = hidden.view(2, -1, *hidden.shape[1:]).unbind() if self.version == "v2" else [hidden] * len(own.relations)
+        gate = gate_activated if one_product else gelu_gate
+        outs = [
+            gate(z.view(2, self.groups, -1, *tubes), way, real).view(-1, len(normed)) for z, way in zip(both, own.relations, strict=True)
+        ]
+        return outs[0] + outs[1] if self.version == "v4" else torch.cat(outs) if self.version != "v1" else outs[0]
 
-    def gate(self, hidden: Tensor, windows: WindowGrid) -> Tensor:
-        """Hidden channels (r_e*D, B, T, W, n), sorted as :meth:`fc1_rows`, to the gated channels, sorted as fc2 reads them."""
-        pieces = hidden.view(4 if self.version == "v2" else 2, self.groups, -1, *hidden.shape[1:]).unbind(0)
-        if self.version == "v1":
-            return self.gate_unit.gate(pieces[0], pieces[1], windows).flatten(0, 1)
-        # The first two pieces go through time, the last two through space: other ones in V2, the same ones in V3 and V4.
-        temporal = self.gate_unit_t.gate(pieces[0], pieces[1], windows).flatten(0, 1)
-        spatial = self.gate_unit_s.gate(pieces[-2], pieces[-1], windows).flatten(0, 1)
-        return temporal + spatial if self.version == "v4" else torch.cat([temporal, spatial])
+
+class LayerWeights(NamedTuple):
+    """What a layer's parameters come to for a grid: fc1 (r_e*D, D) and its bias (r_e*D, 1), fc2 (gated rows, D), its maps."""
+
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    relations: tuple[Relations, ...]
 
 
-def sum_of_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid) -> Tensor:
-    """The sum of f(x) over ``layers`` that read the same x: (B, T, W, n, D) window-ordered tokens to the same shape."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS).flatten(0, 3).t()  # (D, N), without a copy
+def _gelu_in_the_product(tokens: Tensor) -> bool:
+    """Whether fc1 and GELU run as one oneDNN product, hidden channels passing through memory once: inference in float32 on a CPU."""
+    return (
+        tokens.device.type == "cpu"
+        and tokens.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def add_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid, residual: bool = True) -> Tensor:
+    """x plus the sum of f(x) over ``layers``, or without ``residual`` that sum alone: tubes (R, T, n, D) to the same shape."""
+    tubes, frames, _, width = x.shape
+    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    weights = [layer.weights(frames, windows.sides, kind) for layer in layers]
     # Added one by one: through stack().sum() autograd would hand all biases gradients that share one memory, and accumulating
     # over micro-batches would count them twice.
-    out: Tensor = layers[0].fc2.bias
+    bias: Tensor = layers[0].fc2.bias
     for layer in layers[1:]:
-        out = out + layer.fc2.bias
-    for layer in layers:
-        weight, bias = layer.fc1_rows()
-        hidden = F.gelu(torch.addmm(bias[:, None], weight, normed))  # (r_e*D, N)
-        gated = layer.gate(hidden.view(-1, *x.shape[:-1]), windows)
-        out = torch.addmm(out, gated.flatten(1).t(), layer.fc2_rows())  # (N, D), the product adds to what is there
-    return out.view(x.shape)
+        bias = bias + layer.fc2.bias
+    bias, real = bias.to(x.dtype), windows.real_tokens(tubes)
+    hidden_bytes = max(layer.fc1.out_features for layer in layers) * frames * x.shape[2] * kind.itemsize
+    at_once = max(1, CACHE_BYTES // hidden_bytes) if x.device.type == "cpu" else tubes
+    done = []
+    for some, visible in zip(torch.split(x, at_once), [None] * tubes if real is None else torch.split(real, at_once), strict=False):
+        normed = F.layer_norm(some, (width,), eps=NORM_EPS).view(-1, width).to(kind)
+        out = some.reshape(-1, width) + bias if residual else bias.repeat(len(normed), 1)
+        for layer, own in zip(layers, weights, strict=True):
+            gated = layer.gated(normed, own, some.shape[:-1], visible)
+            # In place where types agree: the product adds to what is there.
+            out = out.addmm_(gated.t(), own.fc2) if out.dtype == kind else out + torch.mm(gated.t(), own.fc2)
+        done.append(out.view(some.shape))
+    return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class DropPath(nn.Module):
@@ -101,9 +141,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
+    @property
+    def idle(self) -> bool:
+        """Whether branches pass as they are."""
+        return self.rate == 0.0 or not self.training
+
     def forward(self, branch: Tensor) -> Tensor:
         """(B, ...) floating to the same."""
-        if self.rate == 0.0 or not self.training:
+        if self.idle:
             return branch
         keep = 1.0 - self.rate
         kept = torch.rand(branch.shape[0], device=branch.device) < keep
@@ -154,10 +199,14 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, windows: WindowGrid) -> Tensor:
-        """Window-ordered tokens (B, T, W, n, D), floating, to the same shape."""
+        """Tubes (R, T, n, D) of ``windows``, floating, to the same shape."""
         for names in self.order:
             layers = [cast(Branch, self.get_submodule(name)).encoder for name in names]
-            x = x + self.drop_path(sum_of_layers(x, layers, windows))
+            if self.drop_path.idle:
+                x = add_layers(x, layers, windows)
+            else:
+                branch = add_layers(x, layers, windows, residual=False)
+                x = x + self.drop_path(branch.view(-1, windows.count, *x.shape[1:])).view(x.shape)  # a sample's tubes share its fate
         return x
 
 

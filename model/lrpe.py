@@ -11,6 +11,7 @@ here groups are outermost, (g, C/g, tokens), so that a map is g large matrix pro
 """
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +65,38 @@ class LRPE(nn.Module):
             nn.init.trunc_normal_(self.window_relative_position_bias_table, std=0.02)
             nn.init.trunc_normal_(self.token_proj_n_bias, std=0.02)
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._spelled: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # dictionary, grid, matrices
 
     def extra_repr(self) -> str:
         return f"extents={self.extents}, groups={self.groups}"
 
-    def matrices(self, used: tuple[int, ...] | None = None) -> Tensor:
-        """All W_s over a grid ``used`` (default: the dictionary's own), in the dictionary's type: (g, n, n)."""
+    def matrices(self, used: tuple[int, ...] | None = None, kind: torch.dtype | None = None) -> Tensor:
+        """All W_s over a grid ``used`` (default: the dictionary's own) in the type ``kind`` (the dictionary's): (g, n, n).
+
+        In evaluation on a CPU, without gradients, the matrices are kept and given again while the dictionary holds the very
+        values they were made from. Comparing its M*g numbers costs a fraction of gathering g*n*n and notices every kind of change:
+        steps, loads, edits of ``.data`` (which version counters miss), casts and moves. They take g*n*n elements until
+        :meth:`train` is called.
+        """
         used = self._check(used)
-        index = self._index(used)
+        table = self.window_relative_position_bias_table
+        kind = table.dtype if kind is None else kind
+        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()) and table.device.type == "cpu"
+        if keep and self._spelled is not None:
+            source, grid, matrices = self._spelled
+            if grid == used and matrices.dtype == kind and source.dtype == table.dtype and torch.equal(source, table):
+                return matrices
         # With groups as rows, index_select copies and its backward adds along contiguous memory: on CPU three to four
         # times faster than P[index], whose backward is a general index_put.
-        table = self.window_relative_position_bias_table.t().contiguous()
-        return table.index_select(1, index).view(self.groups, math.prod(used), math.prod(used))
+        rows = table.t().contiguous().index_select(1, self._index(used))
+        matrices = rows.view(self.groups, math.prod(used), math.prod(used)).to(kind)
+        self._spelled = (table.detach().clone(), used, matrices) if keep else None
+        return matrices
+
+    def train(self, mode: bool = True) -> Self:
+        """As for every module; kept matrices are let go."""
+        self._spelled = None
+        return super().train(mode)
 
     def bias(self, used: tuple[int, ...] | None = None) -> Tensor:
         """The token bias over a grid ``used``: (n,). A smaller grid takes the first tokens along each axis."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.blocks import NORM_EPS, Block, Stage
 from model.errors import ModelError
+from model.modality import see
 from model.presets import NUM_STAGES, ModelConfig, ResolvedConfig
 
 
@@ -80,7 +81,7 @@ class PosMLPVideo(nn.Module):
         self.config = config
         total = sum(config.depths)
         rates = [config.drop_path * i / max(1, total - 1) for i in range(total)]
-        self.patch_embed1 = PatchEmbed(config.in_channels, config.widths[0], config.stem)
+        self.patch_embed1 = PatchEmbed(config.stem_channels, config.widths[0], config.stem)
         for stage in range(NUM_STAGES):
             if stage:
                 self.add_module(f"patch_embed{stage + 1}", Downsample(config.widths[stage - 1], config.widths[stage]))
@@ -104,7 +105,7 @@ class PosMLPVideo(nn.Module):
     def forward_stages(self, clips: Tensor) -> list[Tensor]:
         """The channels-last maps (B, T', H/s, W/s, D) of all four stages, s = 4, 8, 16, 32."""
         self._check(clips)
-        x = self.patch_embed1(clips).permute(0, 2, 3, 4, 1)
+        x = self.patch_embed1(see(clips, self.config.modality)).permute(0, 2, 3, 4, 1)
         maps: list[Tensor] = []
         for stage in range(NUM_STAGES):
             if stage:

@@ -20,13 +20,17 @@ BlockType = Literal["parallel", "temporal_spatial", "spatial_temporal", "joint"]
 Version = Literal["v1", "v2", "v3", "v4"]
 Stem = Literal["2d", "3d"]
 DictionaryInit = Literal["zeros", "trunc_normal"]
+Modality = Literal["rgb", "grey_difference"]
 
 NUM_STAGES = 4
+# grey_difference: frames between the two that are subtracted, a channel each. [this project's own, chosen on J-HMDB: docs/benchmarks.md]
+LAGS: Mapping[str, tuple[int, ...]] = MappingProxyType({"grey_difference": (1, 2, 4)})
 _CHOICES = {
     "block": get_args(BlockType),
     "version": get_args(Version),
     "stem": get_args(Stem),
     "dictionary_init": get_args(DictionaryInit),
+    "modality": get_args(Modality),
 }
 
 
@@ -39,6 +43,8 @@ class ModelConfig:
     num_frames: T, frames of a clip.
     input_size: pixels of the crop, one number or (height, width).
     in_channels: channels of a frame.
+    modality: ``rgb`` [released], or ``grey_difference``, this project's own: the stem sees only differences of grey frames
+        (model/modality.py). For small datasets, where colours teach the scenes instead of the motion.
     widths: D of the four stages; with expansion r_e a unit maps r_e*D/2 channels.
     depths: blocks of the four stages.
     windows: side of the square spatial windows of the four stages; grids that are not a multiple are padded and
@@ -67,6 +73,7 @@ class ModelConfig:
     num_frames: int | None = None
     input_size: int | tuple[int, int] | None = None
     in_channels: int | None = None
+    modality: Modality | None = None
     widths: tuple[int, ...] | None = None
     depths: tuple[int, ...] | None = None
     windows: tuple[int, ...] | None = None
@@ -126,6 +133,7 @@ class ResolvedConfig:
     windows: tuple[int, ...]
     groups: tuple[int, ...]
     in_channels: int = 3
+    modality: Modality = "rgb"
     expansion: int = 2
     block: BlockType = "parallel"
     version: Version = "v1"
@@ -150,6 +158,11 @@ class ResolvedConfig:
                     f"{self.widths[stage]}, expansion {self.expansion}, version {self.version}); expected a divisor of "
                     f"{channels}; set model.groups"
                 )
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels that the stem reads: those of a frame, or one for each difference of frames."""
+        return self.in_channels if self.modality == "rgb" else len(LAGS[self.modality])
 
     @property
     def unit_channels(self) -> tuple[int, ...]:
@@ -182,7 +195,7 @@ def split_windows(length: int, window: int) -> tuple[int, int]:
 
 def count_parameters(config: ResolvedConfig) -> int:
     """Trainable parameters, in closed form; equal to what the built model holds."""
-    d, r, in_channels = config.widths, config.expansion, config.in_channels
+    d, r, in_channels = config.widths, config.expansion, config.stem_channels
     half = d[0] // 2
     total = in_channels * half * (27 if config.stem == "3d" else 9) + 3 * half + half * d[0] * 9 + 3 * d[0]
     total += sum(9 * d[i] * d[i + 1] + 3 * d[i + 1] for i in range(NUM_STAGES - 1))
@@ -206,7 +219,7 @@ def count_macs(config: ResolvedConfig) -> int:
     d, frames = config.widths, config.num_token_frames
     height, width = config.input_size
     half, first = d[0] // 2, -(-height // 2) * -(-width // 2) * frames
-    total = first * config.in_channels * half * (27 if config.stem == "3d" else 9)
+    total = first * config.stem_channels * half * (27 if config.stem == "3d" else 9)
     total += frames * config.grids[0][0] * config.grids[0][1] * half * d[0] * 9
     for stage, (rows, columns) in enumerate(config.grids):
         if stage:

@@ -75,10 +75,10 @@ def load_released(state: Mapping[str, Tensor], *, input_size: int = 224, bgr: bo
 def export_released(model: PosMLPVideo) -> dict[str, Tensor]:
     """The model under the released names, index buffers included: the inverse of :func:`load_released`.
 
-    Raises ModelError for a model that those names cannot express: only block parallel, version v1, stem 2d exists there.
+    Raises ModelError for a model that those names cannot express: only block parallel, version v1, stem 2d, modality rgb exist there.
     """
     config = model.config
-    for field, released in (("block", "parallel"), ("version", "v1"), ("stem", "2d")):
+    for field, released in (("block", "parallel"), ("version", "v1"), ("stem", "2d"), ("modality", "rgb")):
         if getattr(config, field) != released:
             raise ModelError(f"export_released: got {field}: {getattr(config, field)}; the released names only express {field}: {released}")
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

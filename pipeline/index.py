@@ -1,5 +1,7 @@
 """Where the bytes are: `index.arrow` (one row per item, memory-mapped) beside `dataset.json`, which is written last.
 
+A dataset that was appended to has another index, `index-000001.arrow`, so that replacing dataset.json is all that makes it the newer one.
+
 An item is what a training position points at: a video, a time window of one, later a keyframe. Rows name the shard, the
 byte range of the video member and its CRC-32, so that a reader needs no tar library and no shard header. Columns are plain
 (no dictionaries, no nesting), the file uncompressed: all ranks of a node share one copy in the page cache.
@@ -55,11 +57,12 @@ class DatasetInfo:
     """`dataset.json`: what the dataset is. `fingerprint` covers the index, the shards and the classes.
 
     splits: split column -> its names, in the order of the index's codes (-1 there: in none).
-    build: the options that shaped the bytes. libraries: versions that did.
+    build: the options that shaped the bytes. libraries: versions that did. generation: how often it was appended to.
     """
 
     version: int = FORMAT_VERSION
     fingerprint: str = ""
+    generation: int = 0
     classes: list[str]
     splits: dict[str, list[str]]
     num_items: int
@@ -70,6 +73,14 @@ class DatasetInfo:
     shards: list[ShardInfo]
     build: dict[str, object] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def index_file(self) -> str:
+        return _generation_name("index.arrow", self.generation)
+
+    @property
+    def quarantine_file(self) -> str:
+        return _generation_name("quarantine.parquet", self.generation)
 
     def with_fingerprint(self) -> "DatasetInfo":
         """The same with `fingerprint` computed from content alone (library versions and options are not content)."""
@@ -82,6 +93,11 @@ class DatasetInfo:
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return replace(self, fingerprint=digest[:32])
+
+    def with_index(self, *, sha256: str, size: int, num_items: int, num_frames: int) -> "DatasetInfo":
+        """The same with what is known once the index is written: its SHA-256, its size in bytes and what it counts."""
+        counted = replace(self, index_sha256=sha256, index_size=size, num_items=num_items, num_frames=num_frames)
+        return counted.with_fingerprint()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -139,7 +155,7 @@ class Dataset:
         """Raises DatasetError when `root` holds no finished dataset or its index does not fit its dataset.json."""
         root = Path(root)
         info = read_info(root)
-        path = root / "index.arrow"
+        path = root / info.index_file
         if not path.is_file() or path.stat().st_size != info.index_size:
             raise DatasetError(f"{path} is missing or not {info.index_size} bytes long. Run 'posmlp data validate {root}'.")
         try:
@@ -150,6 +166,11 @@ class Dataset:
         if table.column_names != expected or table.num_rows != info.num_items:
             raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
         return cls(root, info, table)
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows, of `index_schema`."""
+        return self._table
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -185,6 +206,11 @@ class Dataset:
             )
         codes = self.column(SPLIT_PREFIX + split_column)
         return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
+
+
+def _generation_name(name: str, generation: int) -> str:
+    stem, _, suffix = name.partition(".")
+    return f"{stem}-{generation:06d}.{suffix}" if generation else name
 
 
 def read_info(root: Path) -> DatasetInfo:

@@ -29,6 +29,12 @@ class Purpose(IntEnum):
     FRAMES = 1
     CROP = 2
     SUBSTITUTE = 3
+    RANDAUGMENT = 4
+    JITTER = 5
+    ERASE = 6
+    NOISE = 7
+    MIX = 8
+    PARTNER = 9
 
 
 class _Generator(threading.local):
@@ -43,6 +49,12 @@ _generator = _Generator()
 
 def words(seed: int, position: int, purpose: Purpose, view: int = 0, *, count: int) -> list[int]:
     """`count` random words, each an int in [0, 2^64). seed, position and view are in [0, 2^64)."""
+    drawn: list[int] = raw_words(seed, position, purpose, view, count=count).tolist()
+    return drawn
+
+
+def raw_words(seed: int, position: int, purpose: Purpose, view: int = 0, *, count: int) -> npt.NDArray[np.uint64]:
+    """The same as an array, uint64 (count,): where there are many."""
     philox = _generator.philox
     philox.state = {
         "bit_generator": "Philox",
@@ -52,8 +64,7 @@ def words(seed: int, position: int, purpose: Purpose, view: int = 0, *, count: i
         "has_uint32": 0,
         "uinteger": 0,
     }
-    drawn: list[int] = philox.random_raw(count).tolist()
-    return drawn
+    return np.asarray(philox.random_raw(count), dtype=np.uint64)
 
 
 def to_int(word: int, bound: int) -> int:
@@ -66,21 +77,80 @@ def to_float(word: int, low: float = 0.0, high: float = 1.0) -> float:
     return low + (high - low) * ((word >> 11) * 2.0**-53)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """What is done to one view after crop, flip and resize, in this order; drawn in `augmentation`, applied in `augment_clip`.
+
+    operations: RandAugment's (name, argument). colour: factors of brightness, contrast and saturation, and the turn of the hue; None:
+    untouched. erased: boxes (t0, y0, x0, t1, y1, x1) of the input, half-open. noise: (seed, position, view) of the values in the
+    boxes; None: the mean colour.
+    """
+
+    operations: tuple[tuple[str, float], ...] = ()
+    colour: tuple[float, float, float, float] | None = None
+    erased: tuple[tuple[int, int, int, int, int, int], ...] = ()
+    noise: tuple[int, int, int] | None = None
+
+    def as_lists(self) -> dict[str, object]:
+        """Plain values, as those of `ClipParameters`."""
+        return {
+            "operations": [list(operation) for operation in self.operations],
+            "colour": None if self.colour is None else list(self.colour),
+            "erased": [list(box) for box in self.erased],
+            "noise": None if self.noise is None else list(self.noise),
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClipParameters:
     """All that decides a clip besides the video itself.
 
     frames: int32 (T,), relative to the item's first frame. roi: (y0, x0, y1, x1) in stored pixels, the box that becomes the input.
-    flip: mirror it horizontally.
+    flip: mirror it horizontally. augmentation: None where the recipe asks for none, and in evaluation.
     """
 
     frames: npt.NDArray[np.int32]
     roi: Roi
     flip: bool
+    augmentation: Augmentation | None = None
 
-    def as_lists(self) -> dict[str, list[int] | list[float] | bool]:
+    def as_lists(self) -> dict[str, object]:
         """Plain values, equal exactly when the parameters are: for logs and digests of the stream."""
-        return {"frames": self.frames.tolist(), "roi": list(self.roi), "flip": self.flip}
+        plain: dict[str, object] = {"frames": self.frames.tolist(), "roi": list(self.roi), "flip": self.flip}
+        return plain if self.augmentation is None else {**plain, **self.augmentation.as_lists()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One of the fixed looks that evaluation takes at an item: clip `clip` of `num_clips`, crop `crop` of `num_crops`, mirrored or not."""
+
+    clip: int = 0
+    num_clips: int = 1
+    crop: int = 0
+    num_crops: int = 1
+    flip: bool = False
+
+
+MIDDLE = View()
+
+
+def eval_views(num_clips: int, num_crops: int, flip: bool) -> list[View]:
+    """All views of an item, those of one clip side by side: clips, of each its crops, of each the plain and (`flip`) the mirrored one."""
+    flips = (False, True) if flip else (False,)
+    return [
+        View(clip=clip, num_clips=num_clips, crop=crop, num_crops=num_crops, flip=mirrored)
+        for clip in range(num_clips)
+        for crop in range(num_crops)
+        for mirrored in flips
+    ]
+
+
+def view_parameters(
+    view: View, *, num_frames: int, fps: float, width: int, height: int, clip: ClipOptions, augment: AugmentOptions
+) -> ClipParameters:
+    """One view of an item with `num_frames` frames of `width` x `height` pixels; nothing about it is random."""
+    frames = clip_frames(num_frames, fps, clip, key=None, view=view)
+    return ClipParameters(frames=frames, roi=view_crop(height, width, augment, view), flip=view.flip)
 
 
 def clip_parameters(
@@ -105,10 +175,14 @@ def clip_parameters(
     return ClipParameters(frames=frames, roi=roi, flip=flip)
 
 
-def clip_frames(num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+def clip_frames(
+    num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[int, int] | None, view: View = MIDDLE
+) -> npt.NDArray[np.int32]:
     """Frame numbers of a clip, int32 (T,), ascending, each in [0, num_frames).
 
-    num_frames: of the item, at least 1. key: (seed, position) in training, None for evaluation's middle clip.
+    num_frames: of the item, at least 1. key: (seed, position) in training; None in evaluation, for clip c of C as `view` says:
+    dense clips start evenly spaced from the first start that fits to the last (a single one in the middle); a segment clip takes the
+    frame (2c + 1) / 2C of the way through each segment; uniform has no second clip: every one is the same.
     A dense clip that is longer than the item repeats its last frame.
     """
     if num_frames < 1:
@@ -120,22 +194,31 @@ def clip_frames(num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[in
         gaps = length - 1  # frame i is i/gaps of the way to the last one, rounded half up
         return np.array([(2 * i * (num_frames - 1) + gaps) // (2 * gaps) for i in range(length)], dtype=np.int32)
     if clip.sampling == "segment":
-        return _segment_frames(num_frames, length, key)
+        return _segment_frames(num_frames, length, key, view)
     stride = clip.stride if clip.stride_s is None else clip.stride_s * fps
     offsets = np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
     free = max(num_frames - int(offsets[-1]), 1)  # starts from which the whole clip fits
-    start = (free - 1) // 2 if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], free)
+    start = _clip_start(free, view) if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], free)
     return np.asarray(np.minimum(start + offsets, num_frames - 1), dtype=np.int32)
 
 
-def _segment_frames(num_frames: int, length: int, key: tuple[int, int] | None) -> npt.NDArray[np.int32]:
+def _clip_start(free: int, view: View) -> int:
+    """Of `free` starts 0 to free-1, the one of the view's clip: c/(C-1) of the way to the last, rounded half up; the middle of one."""
+    gaps = view.num_clips - 1
+    return (2 * view.clip * (free - 1) + gaps) // (2 * gaps) if gaps else (free - 1) // 2
+
+
+def _segment_frames(num_frames: int, length: int, key: tuple[int, int] | None, view: View) -> npt.NDArray[np.int32]:
     """Segment i of T in V frames: uniform in [round(s*i), round(s*(i+1))] with s = (V-1)/T, ends included; evaluation takes the middle.
+
+    Clip c of C takes (2c + 1) / 2C of the way through each segment, rounded down: the middle again for one clip.
 
     The released recipe for Something-Something; rounding is half to even, as `numpy.round` does there.
     """
     edges = np.round(np.arange(length + 1) * ((num_frames - 1) / length)).astype(np.int64)
     if key is None:
-        return ((edges[:-1] + edges[1:]) // 2).astype(np.int32)
+        steps = (edges[1:] - edges[:-1]) * (2 * view.clip + 1) // (2 * view.num_clips)
+        return (edges[:-1] + steps).astype(np.int32)
     sizes = (edges[1:] - edges[:-1] + 1).tolist()
     drawn = words(*key, Purpose.FRAMES, count=length)
     offsets = [to_int(word, size) for word, size in zip(drawn, sizes, strict=True)]
@@ -164,13 +247,26 @@ def crop_parameters(height: int, width: int, augment: AugmentOptions, *, seed: i
 
 def centre_crop(height: int, width: int, augment: AugmentOptions) -> Roi:
     """The box that equals resizing the shorter side to `augment.eval_resize` and cutting the central `augment.size` square."""
+    return view_crop(height, width, augment, MIDDLE)
+
+
+def view_crop(height: int, width: int, augment: AugmentOptions, view: View) -> Roi:
+    """The view's square, of the size that `centre_crop` has: crops lie evenly along the longer side, from its one end to the other.
+
+    Three crops are left, centre, right, of upright videos top, centre, bottom; a single one is the centre.
+    """
     side = min(height, width) * augment.size / (augment.eval_resize or augment.size)
-    return _centred(height, width, side, side)
+    place = view.crop / (view.num_crops - 1) if view.num_crops > 1 else 0.5
+    along_height, along_width = (0.5, place) if width >= height else (place, 0.5)
+    return _placed((height - side) * along_height, (width - side) * along_width, side, side)
 
 
 def _centred(height: int, width: int, box_height: float, box_width: float) -> Roi:
+    return _placed((height - box_height) / 2, (width - box_width) / 2, box_height, box_width)
+
+
+def _placed(y0: float, x0: float, box_height: float, box_width: float) -> Roi:
     """Edges are exactly representable in float32, so that what is logged is what the graph receives."""
-    y0, x0 = (height - box_height) / 2, (width - box_width) / 2
     y0, x0, y1, x1 = np.array([y0, x0, y0 + box_height, x0 + box_width], dtype=np.float32).tolist()
     return y0, x0, y1, x1
 

@@ -19,6 +19,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline import keyed, software_decode
+from pipeline.augment_clip import augment_levels, erase, works_on_levels
+from pipeline.augment_mix import mix_clips, mixed_targets
+from pipeline.augmentation import swapped_labels
 from pipeline.dali import CPU_CODECS, Graph, GraphError
 from pipeline.errors import BudgetError, DecodeError, PipelineError, SampleError
 from pipeline.index import Dataset, Item
@@ -51,8 +54,9 @@ class Batch:
     """One micro-batch of B clips, on the loader's device.
 
     clips: float32 (B, 3, T, size, size), normalised, contiguous; zero where the slot is not valid or, in evaluation, damaged.
-    labels: int64 (B,). keys: of what is in `clips`, substitutes included. positions: int64 (B,), parameters: B (of the substitutes where
-    there are any), valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch.
+    labels: int64 (B,), of what is in `clips` and how it is turned (`augment.flip_labels`). targets: float32 (B, K), shares of classes,
+    where the micro-batch is mixed; else None. keys: of what is in `clips`, substitutes included. positions: int64 (B,), parameters: B (of
+    the substitutes where there are any), valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch.
     """
 
     clips: torch.Tensor
@@ -64,18 +68,20 @@ class Batch:
     micro: int
     parameters: list[ClipParameters]
     damaged: list[Damage]
+    targets: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Sample:
-    """A slot of a micro-batch. data: decoded frames (T, H, W, 3), or an encoded file (bytes,), or None where there is nothing to show.
+    """The slots of a micro-batch that show one sample, its V views. data: decoded frames (T, H, W, 3), or an encoded file (bytes,), or
+    None where there is nothing to show.
 
-    errors: of the samples that stood here before, the requested one first.
+    parameters: V of them, with equal frames. errors: of the samples that stood here before, the requested one first.
     """
 
     item: Item
     position: int
-    parameters: ClipParameters
+    parameters: Sequence[ClipParameters]
     data: Frames | None
     errors: tuple[SampleError, ...] = ()
 
@@ -103,6 +109,7 @@ class Loader:
     batches are delivered, "cpu" or "cuda:<index>". on_damage: "substitute" (training) replaces a damaged sample by another of the
     request's pool, drawn by (seed, position, attempt), and raises BudgetError past the budget; "report" (evaluation) leaves zeros in
     its place. decoder: instead of what `options.decode` says; "dali" without a GPU decodes VP8, VP9 and MJPEG only.
+    counted: samples, and damaged ones among them, that count towards the budget from before the first request (a resumed run).
     Iterating raises what reading and decoding raise, PipelineError when the device has no decoder that was asked for.
     """
 
@@ -119,12 +126,13 @@ class Loader:
         device: str = "cpu",
         on_damage: Literal["substitute", "report"],
         decoder: Decoder | None = None,
+        counted: tuple[int, int] = (0, 0),
     ) -> None:
         self._dataset, self._requests = dataset, requests
         self._clip, self._augment, self._options = clip, augment, options
         self._substitute, self._device = on_damage == "substitute", torch.device(device)
         self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
-        self._planner = Planner(dataset, clip, augment)
+        self._planner, self._swapped = Planner(dataset, clip, augment), swapped_labels(dataset.info.classes, augment.flip_labels)
         self._reader, self._buffers = Reader(dataset.root), Buffers()
         num_threads = options.threads or threads
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
@@ -135,7 +143,7 @@ class Loader:
         self._ready: queue.SimpleQueue[tuple[Batch, int] | BaseException | None] = queue.SimpleQueue()
         self._producer: threading.Thread | None = None
         self._ended = False
-        self._seen = self._damaged = 0
+        self._seen, self._damaged = counted
 
     def __iter__(self) -> Self:
         return self
@@ -178,19 +186,22 @@ class Loader:
 
     def _cost(self, request: MicroBatchRequest) -> int:
         """Bytes of the request's decoded frames and of the clips made of them."""
-        rows = request.rows[request.valid]
+        rows = request.rows[:: request.views][request.valid[:: request.views]]
         width, height = (self._dataset.column(name)[rows].astype(np.int64) for name in ("width", "height"))
         return 3 * self._clip.num_frames * (int((width * height).sum()) + 4 * len(request.rows) * self._augment.size**2)
 
     def _submit(self, request: MicroBatchRequest) -> list[Future[_Sample]]:
         if self._substitute and request.pool is None:
             raise ValueError("requests without a pool: got on_damage='substitute', expected 'report'")
-        slots = zip(request.rows.tolist(), request.positions.tolist(), request.parameters, request.valid.tolist(), strict=True)
+        views = request.views
+        rows, positions, valid = (array[::views].tolist() for array in (request.rows, request.positions, request.valid))
+        parameters = (request.parameters[i : i + views] for i in range(0, len(request.parameters), views))
+        slots = zip(rows, positions, parameters, valid, strict=True)
         return [self._pool.submit(self._load, request, *slot) for slot in slots]
 
     # In the pool
 
-    def _load(self, request: MicroBatchRequest, row: int, position: int, parameters: ClipParameters, valid: bool) -> _Sample:
+    def _load(self, request: MicroBatchRequest, row: int, position: int, parameters: Sequence[ClipParameters], valid: bool) -> _Sample:
         item = self._dataset.item(row)
         sample = _Sample(item=item, position=position, parameters=parameters, data=None)
         if not valid:  # only fills up: loaded and judged where it is valid
@@ -215,7 +226,8 @@ class Loader:
         else:
             frames = self._buffers.take((self._clip.num_frames, item.height, item.width, 3))
             try:
-                software_decode.decode(data, sample.parameters.frames + np.int32(item.begin), frames, key=item.key, shard=item.shard_file)
+                wanted = sample.parameters[0].frames + np.int32(item.begin)
+                software_decode.decode(data, wanted, frames, key=item.key, shard=item.shard_file)
             except BaseException:
                 self._buffers.give(frames)
                 raise
@@ -229,7 +241,7 @@ class Loader:
             return _Sample(item=sample.item, position=position, parameters=sample.parameters, data=None, errors=errors)
         while len(errors) <= SUBSTITUTES:  # the number of failures is the number of the next draw
             row = int(pool[keyed.substitute(request.seed, position, len(errors) - 1, len(pool))])
-            parameters = self._planner.training(row, seed=request.seed, position=position)
+            parameters = [self._planner.training(row, seed=request.seed, position=position, view=v) for v in range(request.views)]
             try:
                 return self._with_data(
                     _Sample(item=self._dataset.item(row), position=position, parameters=parameters, data=None, errors=errors)
@@ -256,35 +268,56 @@ class Loader:
             if sample.data is not None and not self._encoded:
                 self._buffers.give(sample.data)
         damaged = [_damage(sample, error) for sample in samples for error in sample.errors]
-        self._count(int(request.valid.sum()), sum(1 for sample in samples if sample.errors), damaged)
+        self._count(int(request.valid[:: request.views].sum()), sum(1 for sample in samples if sample.errors), damaged)
+        slots = [(sample.item, parameters) for sample in samples for parameters in sample.parameters]
+        swapped = self._swapped if request.pool is not None else {}  # in evaluation the label is the video's, however it is shown
+        turned = [swapped.get(item.label, item.label) if parameters.flip else item.label for item, parameters in slots]
+        labels = torch.tensor(turned, dtype=torch.int64).to(self._device)
+        mix = request.mix
+        if mix is not None:
+            mix_clips(clips, mix)
         return Batch(
             clips=clips,
-            labels=torch.tensor([sample.item.label for sample in samples], dtype=torch.int64).to(self._device),
-            keys=[sample.item.key for sample in samples],
+            labels=labels,
+            targets=None if mix is None else mixed_targets(labels, mix, len(self._dataset.info.classes)),
+            keys=[item.key for item, _ in slots],
             positions=request.positions,
             valid=request.valid,
             step=request.step,
             micro=request.micro,
-            parameters=[sample.parameters for sample in samples],
+            parameters=[parameters for _, parameters in slots],
             damaged=damaged,
         )
 
     def _augmented(self, samples: Sequence[_Sample]) -> torch.Tensor:
-        """(B, 3, T, size, size); zeros where a sample has no data."""
-        present = [i for i, sample in enumerate(samples) if sample.data is not None]
+        """(B, 3, T, size, size), the views of a sample side by side; zeros where it has no data."""
+        present = [sample for sample in samples if sample.data is not None]
         size, length = self._augment.size, self._clip.num_frames
+        whole = (sum(len(sample.parameters) for sample in samples), 3, length, size, size)
         if not present:
-            return torch.zeros((len(samples), 3, length, size, size), device=self._device)
-        videos = [data for sample in samples if (data := sample.data) is not None]
-        rois = np.array([samples[i].parameters.roi for i in present], dtype=np.float32)
-        flips = np.array([samples[i].parameters.flip for i in present], dtype=np.bool_)
-        frames = np.stack([samples[i].parameters.frames + np.int32(samples[i].item.begin) for i in present]) if self._encoded else None
-        clips = self._graph.run(videos, rois, flips, frames)
+            return torch.zeros(whole, device=self._device)
+        videos = [data for sample in present if (data := sample.data) is not None]
+        frames = np.stack([one.parameters[0].frames + np.int32(one.item.begin) for one in present]) if self._encoded else None
+        clips = self._views(videos, [parameters for sample in present for parameters in sample.parameters], frames)
         if len(present) == len(samples):
             return clips
-        whole = torch.zeros((len(samples), 3, length, size, size), device=self._device)
-        whole[present] = clips
-        return whole
+        padded = torch.zeros(whole, device=self._device)
+        padded[[sample.data is not None for sample in samples for _ in sample.parameters]] = clips
+        return padded
+
+    def _views(self, videos: list[Frames], parameters: list[ClipParameters], frames: npt.NDArray[np.int32] | None) -> torch.Tensor:
+        """Clips of videos that are there, by the parameters of their views."""
+        rois = np.array([one.roi for one in parameters], dtype=np.float32)
+        flips = np.array([one.flip for one in parameters], dtype=np.bool_)
+        drawn = [one.augmentation for one in parameters]
+        augmentations = [one for one in drawn if one is not None]
+        if works_on_levels(self._augment) and len(augmentations) == len(drawn):  # not in evaluation, which draws none
+            clips = self._graph.run(videos, rois, flips, frames, normalise=False)
+            augment_levels(clips, augmentations, self._augment)
+        else:
+            clips = self._graph.run(videos, rois, flips, frames)
+        erase(clips, drawn)
+        return clips
 
     def _proven(self, request: MicroBatchRequest, sample: _Sample) -> _Sample:
         """The sample if DALI decodes it, else what replaces it and is decoded."""

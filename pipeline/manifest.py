@@ -46,12 +46,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All items, sorted by key. classes: in the order of their indices. split_columns: names. missing: paths without a file."""
+    """All items, sorted by key. classes: in the order of their indices. split_columns: names, sorted. missing: paths without a file.
+
+    drawn: whether splits were drawn here because the labels name none.
+    """
 
     sources: list[Source]
     classes: list[str]
     split_columns: list[str]
     missing: list[str]
+    drawn: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +66,27 @@ class _Row:
     values: Mapping[str, str]
 
 
-def read_manifest(videos: Path, labels: Path | None, *, allow_missing: bool = False, val_fraction: float = 0.2, seed: int = 0) -> Manifest:
+def read_manifest(
+    videos: Path,
+    labels: Path | None,
+    *,
+    allow_missing: bool = False,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    held_groups: Mapping[str, bool] | None = None,
+) -> Manifest:
     """What `videos` holds and `labels` says of it.
 
     labels: CSV or Parquet with columns path and label; optionally group, start_s, end_s, and any number of columns whose names start
     with "split"; others are ignored. Without one: class = subfolder, below train/ and val/ where these are the top folders.
-    val_fraction: without any split, this share of each class is held out, drawn by (seed, group or key).
+    val_fraction: without any split, this share of each class is held out, drawn by (seed, group or key). held_groups: groups of which
+    it is decided already whether they are held out.
     Raises ManifestError naming what does not fit.
     """
     if not videos.is_dir():
         raise ManifestError(f"{videos} is not a folder. data.videos must name the folder that holds the videos.")
     rows = _rows_of_folder(videos) if labels is None else _rows_of_file(labels)
-    split_columns = [name for name in (rows[0].values if rows else {}) if name.startswith("split")]
+    split_columns = sorted(name for name in (rows[0].values if rows else {}) if name.startswith("split"))
     sources, missing = _sources(videos, rows, split_columns)
     if missing and not allow_missing:
         listed = ", ".join(missing[:SHOWN])
@@ -85,16 +98,19 @@ def read_manifest(videos: Path, labels: Path | None, *, allow_missing: bool = Fa
         where = f"named by {labels}" if labels is not None else f"with a suffix such as {', '.join(sorted(VIDEO_SUFFIXES)[:4])}"
         raise ManifestError(f"{videos} holds no video {where}.")
     _check_labels(sources, labels)
-    classes = _ordered({source.label for source in sources})
-    if not split_columns:
-        sources, split_columns = _with_split(sources, val_fraction, seed), ["split"]
-    return Manifest(sources=sorted(sources, key=lambda source: source.key), classes=classes, split_columns=split_columns, missing=missing)
+    classes = ordered_classes({source.label for source in sources})
+    drawn = not split_columns
+    if drawn:
+        sources, split_columns = _with_split(sources, val_fraction, seed, held_groups or {}), ["split"]
+    sources.sort(key=lambda source: source.key)
+    return Manifest(sources=sources, classes=classes, split_columns=split_columns, missing=missing, drawn=drawn)
 
 
 def _rows_of_folder(videos: Path) -> list[_Row]:
     paths = sorted(_walk(videos))
     tops = {path.partition("/")[0] for path in paths}
     by_split = bool(tops) and tops <= SPLIT_FOLDERS.keys()
+    _refuse_empty(videos, paths, by_split)
     rows = []
     for path in paths:
         parts = path.split("/")
@@ -106,6 +122,20 @@ def _rows_of_folder(videos: Path) -> list[_Row]:
         values = {"path": path, "label": label, **({"split": SPLIT_FOLDERS[parts[0]]} if by_split else {})}
         rows.append(_Row(f"{videos}/{path}", values))
     return rows
+
+
+def _refuse_empty(videos: Path, paths: Sequence[str], by_split: bool) -> None:
+    """A class folder without a video is a mistake that would otherwise be seen when the class is missed."""
+    depth = 2 if by_split else 1
+    full = {"/".join(path.split("/")[:depth]) for path in paths}
+    homes = sorted({path.partition("/")[0] for path in paths}) if by_split else ["."]
+    folders = [path for home in homes for path in sorted((videos / home).iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    empty = [folder for folder in folders if folder.relative_to(videos).as_posix() not in full]
+    if paths and empty:
+        raise ManifestError(
+            f"{empty[0]} holds no video, as {len(empty)} class folders in all. A subfolder is a class: put videos into it, remove it, "
+            f"or give a label file. Videos are files that end in {', '.join(sorted(VIDEO_SUFFIXES))}."
+        )
 
 
 def _walk(videos: Path) -> Iterator[str]:
@@ -253,14 +283,14 @@ def _check_labels(sources: Sequence[Source], labels: Path | None) -> None:
         raise ManifestError(f"{labels}: {len(empty)} videos have an empty label, first {empty[0]}.")
 
 
-def _ordered(labels: set[str]) -> list[str]:
+def ordered_classes(labels: set[str]) -> list[str]:
     """Class names in the order of their indices: integers by value, text alphabetically."""
     if all(re.fullmatch(r"\d+", label) for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
 
-def _with_split(sources: Sequence[Source], val_fraction: float, seed: int) -> list[Source]:
+def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_groups: Mapping[str, bool]) -> list[Source]:
     """Holds out `val_fraction` of each class by whole groups, in the order of a keyed hash; a class of one group is not split.
 
     Every class of two or more groups has both splits, unless groups are shared between classes in a way that does not allow it.
@@ -272,7 +302,7 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int) -> li
     def rank(unit: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{unit}".encode(), digest_size=16).digest()
 
-    held: dict[str, bool] = {}  # of units already decided: a group may have videos of several classes, and must not be torn apart
+    held = dict(held_groups)  # of units already decided: a group may have videos of several classes, and must not be torn apart
     for units in sorted(members.values(), key=lambda units: (len(units), sorted(units))):
         order = sorted(units, key=rank)
         wanted = val_fraction * sum(units.values())

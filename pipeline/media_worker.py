@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.errors import PipelineError
-from pipeline.media import MediaReport, SourceFacts, verify_and_transcode
+from pipeline.media import MediaReport, verify_and_transcode
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
+from pipeline.source_video import SourceFacts
 
 START_S = 60.0  # for the child to import what it needs, and for its answer to arrive after a video's own time is up
 ATTEMPTS = 3  # a child that somebody else kills says nothing of the video

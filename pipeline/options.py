@@ -86,12 +86,113 @@ class ClipOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentOptions:
-    """From decoded frames to the model's input.
+class RandAugmentOptions:
+    """RandAugment (Cubuk et al., 2020) with the fifteen operations of the usual video set, equal for all frames of a clip.
 
-    size: (height and width in pixels) of the square input.
+    n: operations drawn per clip, with replacement, 1 to 16. probability: with which a drawn one is applied, 0 to 1.
+    m: mean of the normal distribution that magnitudes are drawn from, 0 to 10; they are clipped to [0, 10].
+    std: its standard deviation, 0 to 10. increasing: a larger magnitude is always the stronger change; otherwise posterize and solarize
+    weaken with it, and colour, contrast, brightness and sharpness run from 0.1 (at 0) over the identity (at 5) to 1.9 (at 10).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    m: float = 7.0
+    n: int = 4
+    std: float = 0.5
+    increasing: bool = True
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.m <= 10, "m", self.m, "a magnitude from 0 to 10")
+        require(1 <= self.n <= 16, "n", self.n, "1 to 16 operations")
+        require(0 <= self.std <= 10, "std", self.std, "0 to 10")
+        require(0 <= self.probability <= 1, "probability", self.probability, "a probability")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JitterOptions:
+    """Colour jitter, equal for all frames of a clip.
+
+    brightness, contrast, saturation: the factor is uniform in [1 - v, 1 + v]; v from 0 (off) to 1. hue: the turn of the colour circle is
+    uniform in [-v, v]; v from 0 (off) to 0.5 (any hue). grey: probability of a clip without colour, 0 to 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.0
+    grey: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a range from 0 to 1")
+        require(0 <= self.hue <= 0.5, "hue", self.hue, "turns from 0 to 0.5")
+        require(0 <= self.grey <= 1, "grey", self.grey, "a probability")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EraseOptions:
+    """Random erasing (Zhong et al., 2020) of boxes of the model's input.
+
+    probability: that a clip is erased at all, 0 to 1. area: range of the erased share of a frame, divided among its boxes, within
+    (0, 1). aspect: range of width/height, drawn log-uniformly. count: boxes in a frame, 1 to 16. fill: "constant" is the mean colour (0
+    after normalisation), "pixel" standard normal noise for each value. cube: the same boxes in all frames, hiding a place for the
+    whole clip; otherwise each frame has its own, which flicker. Noise differs from frame to frame in both.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    probability: float = 0.25
+    area: tuple[float, float] = (0.02, 1 / 3)
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    count: int = 1
+    fill: Literal["constant", "pixel"] = "pixel"
+    cube: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "probability", self.probability, "a probability")
+        require(0 < self.area[0] <= self.area[1] < 1, "area", self.area, "0 < low <= high < 1")
+        require(0 < self.aspect[0] <= self.aspect[1], "aspect", self.aspect, "0 < low <= high")
+        require(1 <= self.count <= 16, "count", self.count, "1 to 16 boxes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixOptions:
+    """Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) inside a micro-batch; labels become shares of two classes.
+
+    Needs two samples in a micro-batch. Label smoothing is `optimizer.label_smoothing`, applied to the mixed label.
+
+    mixup, cutmix: alpha of the symmetric beta distribution of a clip's own share, 0.05 to 100; 0: never this one.
+    switch: probability of cutmix where both are on, 0 to 1. probability: that a clip is mixed at all, 0 to 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    switch: float = 0.5
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(value == 0 or 0.05 <= value <= 100, name, value, "0 (off) or an alpha from 0.05 to 100")
+        require(self.mixup > 0 or self.cutmix > 0, "mixup", self.mixup, "a positive alpha here or for cutmix, or no mix section")
+        require(0 <= self.switch <= 1, "switch", self.switch, "a probability")
+        require(0 <= self.probability <= 1, "probability", self.probability, "a probability")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentOptions:
+    """From decoded frames to the model's input. All but size, eval_resize, mean and std is of training alone.
+
+    size: (height and width in pixels) of the square input, 8 to 4096.
     area, aspect: ranges of the random resized crop in training, as shares of the frame's area and as width/height.
-    flip: probability of a horizontal flip in training. Leave it at 0 where left and right change the class.
+    flip: probability of a horizontal flip in training, 0 to 1. Leave it at 0 where left and right change the class, or use `flip_labels`.
+    flip_labels: pairs of class names, each name in one pair at most; a flipped clip of a class has the label of the other of its pair.
+    repeats: views of each sample in a micro-batch, made with their own crop, flip and further draws from one decode; divides
+        train.micro_batch and with it train.global_batch, which count views. 1 to 64.
+    randaugment, jitter, erase, mix: sections of their own; without them nothing of the kind happens. The order is crop, flip and resize,
+        RandAugment, jitter, normalisation, erasing, mixing.
     eval_resize: in evaluation the shorter side is resized to this, then the centre is cropped; None: to `size`.
     mean, std: per RGB channel, for pixels in 0 to 1.
     """
@@ -101,6 +202,12 @@ class AugmentOptions:
     area: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
+    flip_labels: tuple[tuple[str, str], ...] = ()
+    repeats: int = 1
+    randaugment: RandAugmentOptions | None = None
+    jitter: JitterOptions | None = None
+    erase: EraseOptions | None = None
+    mix: MixOptions | None = None
     eval_resize: int | None = None
     mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
     std: tuple[float, float, float] = (0.225, 0.225, 0.225)
@@ -110,6 +217,9 @@ class AugmentOptions:
         require(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "0 < low <= high <= 1")
         require(0 < self.aspect[0] <= self.aspect[1], "aspect", self.aspect, "0 < low <= high")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        names = [name for pair in self.flip_labels for name in pair]
+        require(len(names) == len(set(names)), "flip_labels", self.flip_labels, "pairs of two classes, each class in one pair at most")
+        require(1 <= self.repeats <= 64, "repeats", self.repeats, "1 to 64 views")
         require(self.eval_resize is None or self.eval_resize >= self.size, "eval_resize", self.eval_resize, "at least size")
         require(min(self.std) > 0, "std", self.std, "positive numbers")
 

@@ -53,12 +53,22 @@ class Order:
         samples = self._permute(epochs, places)
         return epochs.reshape(positions.shape), samples.reshape(positions.shape)
 
-    def _permute(self, epochs: Words, places: Words) -> Words:
+    def positions(self, sample: int, epochs: npt.NDArray[np.uint64]) -> Words:
+        """Where `sample` is shown in each of `epochs` (n,): the inverse of `locate`, without a search. uint64 (n,).
+
+        Raises ValueError when `sample` is not in [0, num_samples).
+        """
+        if not 0 <= sample < self.num_samples:
+            raise ValueError(f"sample: got {sample}, expected 0 to {self.num_samples - 1}")
+        places = self._permute(epochs, np.full(len(epochs), sample, dtype=np.uint64), backwards=True)
+        return epochs * np.uint64(self.num_samples) + places
+
+    def _permute(self, epochs: Words, places: Words, *, backwards: bool = False) -> Words:
         keys = self._round_keys(epochs)  # (ROUNDS, n)
-        values = self._feistel(keys, places)
+        values = self._feistel(keys, places, backwards)
         outside = np.flatnonzero(values >= self.num_samples)
         while outside.size:
-            values[outside] = self._feistel(keys[:, outside], values[outside])
+            values[outside] = self._feistel(keys[:, outside], values[outside], backwards)
             outside = outside[values[outside] >= self.num_samples]
         return values
 
@@ -70,13 +80,17 @@ class Order:
         keys = mix(mix(seeded ^ distinct)[None, :] + rounds[:, None])
         return np.asarray(keys[:, inverse.reshape(-1)])
 
-    def _feistel(self, keys: Words, values: Words) -> Words:
-        """Even rounds change the low half by the high half, odd rounds the high by the low: invertible for halves of any widths."""
+    def _feistel(self, keys: Words, values: Words, backwards: bool) -> Words:
+        """Even rounds change the low half by the high half, odd rounds the high by the low: invertible for halves of any widths.
+
+        A round undoes itself, so the same rounds in reverse order are the inverse.
+        """
         bits = (self.num_samples - 1).bit_length()
         low_bits, high_bits = np.uint64(bits - bits // 2), np.uint64(bits // 2)
         low_mask, high_mask = (np.uint64(1) << low_bits) - np.uint64(1), (np.uint64(1) << high_bits) - np.uint64(1)
         low, high = values & low_mask, values >> low_bits
-        for number, key in enumerate(keys):
+        for number in range(ROUNDS)[:: -1 if backwards else 1]:
+            key = keys[number]
             if number % 2 == 0:
                 low = low ^ (mix(high + key) & low_mask)
             else:

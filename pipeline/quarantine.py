@@ -10,6 +10,7 @@ class Reason(StrEnum):
 
     MISSING = "missing"
     UNREADABLE = "unreadable"
+    READ_FAILED = "read_failed"
     TOO_MANY_BYTES = "too_many_bytes"
     NOT_A_VIDEO = "not_a_video"
     NO_VIDEO_STREAM = "no_video_stream"
@@ -18,6 +19,7 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_FRAMES = "too_many_frames"
     NO_FRAMES = "no_frames"
+    ENCRYPTED = "encrypted"
     TRUNCATED = "truncated"
     DAMAGED = "damaged"
     OUT_OF_MEMORY = "out_of_memory"
@@ -33,7 +35,8 @@ class Reason(StrEnum):
 
 _REASON_TEXTS = {
     Reason.MISSING: "the label file names it, the videos folder does not have it",
-    Reason.UNREADABLE: "the file system does not let us read it",
+    Reason.UNREADABLE: "the file system does not let us read it; once it does, the same build command tries it again",
+    Reason.READ_FAILED: "the storage failed while it was read; the same build command tries it again",
     Reason.TOO_MANY_BYTES: "the file is larger than limits.max_bytes",
     Reason.NOT_A_VIDEO: "no video container that we open: text, an image list, a playlist, or a damaged header",
     Reason.NO_VIDEO_STREAM: "it holds sound or subtitles, but no video",
@@ -42,6 +45,7 @@ _REASON_TEXTS = {
     Reason.TOO_MANY_PIXELS: "a frame has more than limits.max_pixels",
     Reason.TOO_MANY_FRAMES: "it has more frames than limits.max_frames",
     Reason.NO_FRAMES: "not one frame decodes (empty, encrypted, only headers, or nothing in the wanted time window)",
+    Reason.ENCRYPTED: "its frames are encrypted (DRM), and there is no key",
     Reason.TRUNCATED: "the file ends before frames that its header lists, as after a broken download",
     Reason.DAMAGED: "the decoder reports damaged data; the detail says at which frame",
     Reason.OUT_OF_MEMORY: "decoding it needs more than limits.memory_mib",
@@ -50,6 +54,9 @@ _REASON_TEXTS = {
     Reason.CRASHED: "the decoding process crashed on it",
     Reason.ENCODER_FAILED: "it decodes, but the encoder refused its frames",
 }
+
+
+TRIED_AGAIN = frozenset({Reason.MISSING, Reason.UNREADABLE, Reason.READ_FAILED})  # these say nothing about the video itself
 
 
 class RejectedError(Exception):

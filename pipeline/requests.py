@@ -4,15 +4,17 @@ Everything comes from the order, the keys and the index's columns, before a byte
 simulated without decoding. World size only decides which rank runs a micro-batch, never what is in it.
 """
 
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.augmentation import Mix, draw_augmentation, draw_mix
 from pipeline.index import Dataset
-from pipeline.keyed import ClipParameters, clip_parameters
+from pipeline.keyed import MIDDLE, ClipParameters, View, clip_parameters, view_parameters
 from pipeline.options import AugmentOptions, ClipOptions
 from pipeline.order import Order
 
@@ -24,9 +26,11 @@ class MicroBatchRequest:
     """The smallest unit of work of a rank, B samples.
 
     step: the optimizer step (training), or the round of all ranks (evaluation). micro: number of the micro-batch within its global
-    batch (training) or within the evaluated rows; -1 for one that only keeps the ranks in step. rows: (B,) rows of the index.
-    positions: (B,) in the training stream, or within the evaluated rows. parameters: B of them. valid: (B,), False where a slot
-    only fills up. seed, pool: what substitutes are drawn by and from; `pool` is None where nothing may be substituted.
+    batch (training) or within all evaluated views; -1 for one that only keeps the ranks in step. rows: (B,) rows of the index.
+    positions: (B,) in the training stream, or (evaluation) i * V + v for view v of V of the i-th evaluated row. parameters: B of them.
+    valid: (B,), False where a slot only fills up. seed, pool: what substitutes are drawn by and from; `pool` is None where nothing
+    may be substituted, which is evaluation. views: slots come in runs of so many that share row, position, frames and validity, and are
+    decoded once. mix: how the micro-batch's clips are mixed when they are done; None: not.
     """
 
     step: int
@@ -37,6 +41,8 @@ class MicroBatchRequest:
     valid: npt.NDArray[np.bool_]
     seed: int = 0
     pool: Rows | None = None
+    views: int = 1
+    mix: Mix | None = None
 
 
 class Planner:
@@ -46,17 +52,15 @@ class Planner:
         self._clip, self._augment = clip, augment
         self._columns = [dataset.column(name) for name in ("begin", "end", "fps", "width", "height")]
 
-    def training(self, row: int, *, seed: int, position: int) -> ClipParameters:
-        """Of the random clip that `position` of the stream under `seed` takes of `row`."""
-        return self._parameters(row, seed, position, training=True)
-
-    def evaluation(self, row: int) -> ClipParameters:
-        """Of the one fixed clip of `row`."""
-        return self._parameters(row, 0, 0, training=False)
-
-    def _parameters(self, row: int, seed: int, position: int, *, training: bool) -> ClipParameters:
+    def evaluation(self, row: int, view: View = MIDDLE) -> ClipParameters:
+        """Of one fixed view of `row`."""
         begin, end, fps, width, height = (column[row].item() for column in self._columns)
-        return clip_parameters(
+        return view_parameters(view, num_frames=end - begin, fps=fps, width=width, height=height, clip=self._clip, augment=self._augment)
+
+    def training(self, row: int, *, seed: int, position: int, view: int = 0) -> ClipParameters:
+        """Of a view of the random clip that `position` of the stream under `seed` takes of `row`."""
+        begin, end, fps, width, height = (column[row].item() for column in self._columns)
+        parameters = clip_parameters(
             seed,
             position,
             num_frames=end - begin,
@@ -65,8 +69,11 @@ class Planner:
             height=height,
             clip=self._clip,
             augment=self._augment,
-            training=training,
+            training=True,
+            view=view,
         )
+        augmentation = draw_augmentation(self._augment, self._clip.num_frames, seed=seed, position=position, view=view)
+        return parameters if augmentation is None else replace(parameters, augmentation=augmentation)
 
 
 def train_requests(
@@ -86,30 +93,36 @@ def train_requests(
     """What `rank` runs in steps [start_step, end_step), in order; `rows` (n,) are the samples of the order, at least one.
 
     Step k is positions [k*B, (k+1)*B) of the endless stream with B = global_batch; its micro-batch m is b = micro_batch of them from
-    k*B + m*b, and rank r runs m = r, r + world_size, ... Raises ValueError when B, b and world_size do not divide.
+    k*B + m*b, and rank r runs m = r, r + world_size, ... With V = augment.repeats views of each sample, B and b are global_batch and
+    micro_batch divided by V. Raises ValueError when global batch, micro-batch, V and world size do not divide.
     """
+    views = augment.repeats
     if global_batch % micro_batch or (global_batch // micro_batch) % world_size:
         raise ValueError(
             f"global_batch {global_batch}, micro_batch {micro_batch}, world size {world_size}: expected a whole number of "
             "micro-batches in the global batch, and the same number for every rank"
         )
+    if micro_batch % views:
+        raise ValueError(f"augment.repeats: got {views}, expected a divisor of the micro-batch ({micro_batch})")
     _check_rank(rank, world_size)
     order, planner = Order(seed, len(rows)), Planner(dataset, clip, augment)
     for step in range(start_step, end_step):
         for micro in range(rank, global_batch // micro_batch, world_size):
-            first = step * global_batch + micro * micro_batch
-            positions = np.arange(first, first + micro_batch, dtype=np.int64)
+            first = (step * global_batch + micro * micro_batch) // views
+            positions = np.arange(first, first + micro_batch // views, dtype=np.int64).repeat(views)
             chosen = rows[order.locate(positions)[1]]
-            pairs = zip(chosen.tolist(), positions.tolist(), strict=True)
+            slots = zip(chosen.tolist(), positions.tolist(), itertools.cycle(range(views)), strict=False)
             yield MicroBatchRequest(
                 step=step,
                 micro=micro,
                 rows=chosen,
                 positions=positions,
-                parameters=[planner.training(row, seed=seed, position=place) for row, place in pairs],
+                parameters=[planner.training(row, seed=seed, position=place, view=view) for row, place, view in slots],
                 valid=np.ones(micro_batch, dtype=np.bool_),
                 seed=seed,
                 pool=rows,
+                views=views,
+                mix=draw_mix(augment.mix, augment.size, positions, views=views, seed=seed) if augment.mix else None,
             )
 
 
@@ -122,30 +135,34 @@ def eval_requests(
     world_size: int,
     clip: ClipOptions,
     augment: AugmentOptions,
+    views: Sequence[View] = (MIDDLE,),
     skip: Container[int] = (),
 ) -> Iterator[MicroBatchRequest]:
-    """What `rank` evaluates: each of `rows` (n,) once over all ranks, the same number of micro-batches for every rank.
+    """What `rank` evaluates: each of the V `views` of `rows` (n,) once over all ranks, the same number of micro-batches for every rank.
 
-    Micro-batch j holds items [j*b, (j+1)*b) of `rows` with b = micro_batch, whatever the world size. Those in `skip` are done already;
-    the others are dealt round robin. The last micro-batch, and ranks that ran out of work, repeat the last item with `valid` False.
+    Position p is view p mod V of row p div V; micro-batch j holds positions [j*b, (j+1)*b) with b = micro_batch, whatever the world size,
+    so the views of a row may lie in two. Micro-batches in `skip` are done already; the others are dealt round robin. The last
+    micro-batch, and ranks that ran out of work, repeat the last position with `valid` False.
     """
     _check_rank(rank, world_size)
-    planner, num_items = Planner(dataset, clip, augment), len(rows)
-    remaining = [micro for micro in range(-(-num_items // micro_batch)) if micro not in skip]
+    planner, num_views = Planner(dataset, clip, augment), len(views)
+    num_slots = len(rows) * num_views
+    remaining = [micro for micro in range(-(-num_slots // micro_batch)) if micro not in skip]
     for step in range(-(-len(remaining) // world_size)):
         place = step * world_size + rank
         micro = remaining[place] if place < len(remaining) else -1
-        first = micro * micro_batch if micro >= 0 else num_items  # a dummy lies wholly beyond the last item
+        first = micro * micro_batch if micro >= 0 else num_slots  # a dummy lies wholly beyond the last view
         slots = np.arange(first, first + micro_batch, dtype=np.int64)
-        positions = np.minimum(slots, num_items - 1)
-        chosen = rows[positions]
+        positions = np.minimum(slots, num_slots - 1)
+        chosen = rows[positions // num_views]
+        pairs = zip(chosen.tolist(), (positions % num_views).tolist(), strict=True)
         yield MicroBatchRequest(
             step=step,
             micro=micro,
             rows=chosen,
             positions=positions,
-            parameters=[planner.evaluation(row) for row in chosen.tolist()],
-            valid=slots < num_items,
+            parameters=[planner.evaluation(row, views[view]) for row, view in pairs],
+            valid=slots < num_slots,
         )
 
 

@@ -20,6 +20,7 @@ from pipeline.durable import commit, temporary_name
 from pipeline.manifest import Source
 
 BLOCK = 512  # bytes of a tar block; a tar ends with two empty ones
+MEMBER_BYTES = 4 * BLOCK  # about what an item weighs beside its video
 COPY_BYTES = 1 << 20
 MIN_SHARDS, MIN_VIDEOS = 16, 4  # so many shards, if each gets so many videos: shards are what a build does in parallel
 NAME = "shards/shard-{:06d}.tar"
@@ -34,7 +35,7 @@ def deal(sources: Sequence[Source], *, ratio: float, shard_bytes: int, seed: int
     windows: dict[str, int] = {}
     for source in sources:
         windows[source.path] = windows.get(source.path, 0) + 1
-    weights = {source.key: max(1.0, source.size * ratio / windows[source.path]) + 4 * BLOCK for source in sources}
+    weights = {source.key: max(1.0, source.size * ratio / windows[source.path]) + MEMBER_BYTES for source in sources}
     total = sum(weights[key] for key in sorted(weights))
     count = max(-(-total // shard_bytes), min(MIN_SHARDS, len(sources) // MIN_VIDEOS), 1)
     shards: dict[int, list[Source]] = {}

@@ -15,6 +15,7 @@ PURE = [
     "pipeline.index",
     "pipeline.order",
     "pipeline.keyed",
+    "pipeline.augmentation",
     "pipeline.requests",
     "pipeline.prefetch",
     "pipeline.quarantine",

@@ -31,3 +31,34 @@ def test_it_rises_then_falls_within_its_bounds(total: int, warmup: float) -> Non
 def test_steps_outside_the_run_are_refused(step: int) -> None:
     with pytest.raises(ValueError, match="0 to 9"):
         learning_rate(step, 10, OptimizerOptions())
+
+
+def test_steps_at_milestones() -> None:
+    options = OptimizerOptions(lr=1.0, warmup=0.0, min_lr=0.05, schedule="step", milestones=(0.3, 0.6, 0.9), gamma=0.3)
+    rates = [learning_rate(step, 10, options) for step in range(10)]
+    assert rates == pytest.approx([1.0] * 3 + [0.3] * 3 + [0.09] * 3 + [0.05])
+
+
+def test_warm_up_stable_decay() -> None:
+    options = OptimizerOptions(lr=1.0, warmup=0.2, warmup_lr=0.0, min_lr=0.2, schedule="wsd", cooldown=0.4)
+    rates = [learning_rate(step, 10, options) for step in range(10)]
+    assert rates == pytest.approx([0.0, 0.5] + [1.0] * 4 + [1.0, 0.8, 0.6, 0.4])
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["cosine", "step", "wsd"]))
+def test_every_schedule_stays_within_its_bounds(total: int, warmup: float, cooldown: float, schedule: str) -> None:
+    options = OptimizerOptions(lr=1e-3, warmup=warmup, min_lr=1e-6, cooldown=cooldown, schedule=schedule)  # type: ignore[arg-type]
+    rates = [learning_rate(step, total, options) for step in range(total)]
+    warm = round(warmup * total)
+    assert all(1e-6 <= rate <= 1e-3 for rate in rates)
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"milestones": (0.5, 0.2)}, {"milestones": (0.0,)}, {"gamma": 0.0}, {"cooldown": 1.5}, {"layer_decay": 0.0}, {"ema": 1.0},
+     {"max_skipped": -1}, {"max_spike": 0.5}],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_by_name(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        OptimizerOptions(**bad)  # type: ignore[arg-type]

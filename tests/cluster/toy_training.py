@@ -165,3 +165,64 @@ def _everywhere(engine: Engine):  # type: ignore[no-untyped-def]
         dist.broadcast(tensor, 0)
         found[name] = tensor.numpy()
     return found
+
+
+FEATURED = OptimizerOptions(lr=1e-2, warmup=0.2, clip_grad=0.5, schedule="wsd", cooldown=0.5, ema=0.6, max_skipped=2)
+RATE_SCALES = {"0.weight": 0.25, "1.weight": 0.5}
+FEATURED_STEPS, BAD_STEP, RESTORED_AT = 8, 3, 5
+
+
+def featured_model() -> nn.Module:
+    """Without dropout, and with a frozen bias."""
+    model = build_model()
+    model[3].p = 0.0  # type: ignore[assignment,index]
+    model[5].bias.requires_grad_(False)  # type: ignore[union-attr,index]
+    return model
+
+
+def featured_batch(step: int, micro: int) -> tuple[Tensor, Tensor]:
+    """One micro-batch of one step holds a value that is no number."""
+    images, labels = batch(step, micro)
+    return images * (torch.nan if (step, micro) == (BAD_STEP, 1) else 1.0), labels
+
+
+def featured(worker: Worker, zero: int) -> Engine:
+    return Engine(
+        featured_model(),
+        optimizer=FEATURED,
+        options=EngineOptions(precision="fp32", zero_stage=zero),  # type: ignore[arg-type]
+        total_steps=FEATURED_STEPS,
+        num_micro_batches=NUM_MICRO_BATCHES,
+        worker=worker,
+        rate_scales=RATE_SCALES,
+    )
+
+
+def featured_run(worker: Worker, first: int, second: int) -> dict[str, object]:
+    """Begins at one ZeRO stage and ends at another; the last state on every rank, and the steps' losses and whether they were skipped."""
+    import torch.distributed as dist
+
+    mine = micro_batches_of(worker.rank, worker.world_size, NUM_MICRO_BATCHES)
+    engine, told = featured(worker, first), []
+    for step in range(FEATURED_STEPS):
+        if step == RESTORED_AT:
+            state = [engine.state()]
+            dist.broadcast_object_list(state, 0)
+            engine = featured(worker, second)
+            engine.restore(state[0])
+        result = engine.train_step(step, ((micro, featured_batch(step, micro)) for micro in mine), loss)
+        told.append((result.loss, result.skipped))
+    return {"state": engine.state(), "told": told}
+
+
+def features(payload: Mapping[str, object], worker: Worker) -> None:
+    """`featured_run` for pairs of stages; rank 0 writes the states as safetensors, every rank what it was told."""
+    from cluster.checkpoint import write_safetensors
+
+    for pair in payload["pairs"]:  # type: ignore[attr-defined]
+        result = featured_run(worker, *pair)
+        name = "-".join(map(str, pair))
+        told = Path(str(payload["result"])) / f"told-{name}-{worker.rank}.json"
+        told.write_text(json.dumps(result["told"]), encoding="utf-8")
+        if worker.rank == 0:
+            write_safetensors(Path(str(payload["result"])) / f"state-{name}.safetensors", result["state"])  # type: ignore[arg-type]

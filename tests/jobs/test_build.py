@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -17,6 +16,8 @@ import webdataset
 
 from cluster.tasks import run_tasks
 from jobs import build, info, validate
+from jobs.build_folder import LOCK
+from jobs.build_shard import ShardTask
 from pipeline.errors import DatasetError, ManifestError, PipelineError
 from pipeline.index import Dataset, DatasetInfo
 from pipeline.media import write_video
@@ -160,7 +161,7 @@ SOAK_SEED = 15  # a worker in the first shard, the driver in the second
 def test_resumes_what_is_there_and_removes_leftovers(built: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "dataset"
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_finish", _interrupt)
+        patch.setattr(build, "commit", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             make(videos, out)
     records = sorted((out / "build").glob("*.arrow"))
@@ -177,31 +178,31 @@ def test_resumes_what_is_there_and_removes_leftovers(built: Path, videos: Path, 
     after, reference = snapshot(out), snapshot(built)
     assert after[kept] == before[kept]
     assert after[lost][:2] != before[lost][:2]
-    assert {name: value[2] for name, value in after.items() if name != build.LOCK} == {
-        name: value[2] for name, value in reference.items() if name != build.LOCK
+    assert {name: value[2] for name, value in after.items() if name != LOCK} == {
+        name: value[2] for name, value in reference.items() if name != LOCK
     }
 
 
 def test_a_dead_tasks_leftovers_go(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A task that dies is run again by Ray within the same build; what it had begun must not stay in a finished dataset.
-    whole = build._build_shards
+    whole = build.build_shards
 
-    def with_a_death(out: Path, *others: Any) -> None:
-        whole(out, *others)
-        (out / "shards" / ".shard-000001.tar.77-00.tmp").write_bytes(b"half")
+    def with_a_death(tasks: list[ShardTask], num_cpus: int | None) -> None:
+        whole(tasks, num_cpus)
+        (tasks[0].out / "shards" / ".shard-000001.tar.77-00.tmp").write_bytes(b"half")
 
-    monkeypatch.setattr(build, "_build_shards", with_a_death)
+    monkeypatch.setattr(build, "build_shards", with_a_death)
     make(videos, tmp_path / "dataset")
     assert not [path for path in (tmp_path / "dataset").rglob("*") if path.name.endswith(".tmp")]
 
 
-def _interrupt(*_: object) -> DatasetInfo:
+def _interrupt(*_: object, **__: object) -> DatasetInfo:
     raise KeyboardInterrupt
 
 
 def test_second_builder_is_refused(videos: Path, tmp_path: Path) -> None:
-    (tmp_path / build.LOCK).write_text("process 77 on elsewhere")
-    with (tmp_path / build.LOCK).open("r+") as file:
+    (tmp_path / LOCK).write_text("process 77 on elsewhere")
+    with (tmp_path / LOCK).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(PipelineError, match=r"being built by process 77 on elsewhere.*data\.dir"):
             make(videos, tmp_path)

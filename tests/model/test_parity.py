@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.blocks import Block, GatedLayer, sum_of_layers
+from model.blocks import Block, GatedLayer, add_layers
 from model.posmlp import Downsample, PatchEmbed, PosMLPVideo
 from model.presets import ModelConfig
 from model.units import PoSGU, PoTGU
@@ -31,7 +31,7 @@ class _OnWindows(nn.Module):
         windows = WindowGrid.of(x.shape[2], x.shape[3], self.window)
         ordered = windows.partition(x)
         if isinstance(self.inner, GatedLayer):
-            return windows.merge(sum_of_layers(ordered, [self.inner], windows))
+            return windows.merge(add_layers(ordered, [self.inner], windows, residual=False))
         return windows.merge(self.inner(ordered, windows))
 
 

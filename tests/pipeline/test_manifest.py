@@ -239,3 +239,26 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system refuses names that are not UTF-8; run on ext4 or tmpfs")
     assert "UTF-8" in error(tmp_path, None)
+
+
+def test_split_columns_in_one_order(tmp_path: Path) -> None:
+    # dataset.json keeps its keys sorted; an index with its columns in another order would not open
+    manifest = read(tmp_path, [{**row, "split2": "val", "split1": "train"} for row in PLAIN])
+    assert manifest.split_columns == ["split1", "split2"]
+    assert {source.splits for source in manifest.sources} == {("train", "val")}
+    assert not manifest.drawn
+
+
+def test_groups_that_are_decided_stay(tmp_path: Path) -> None:
+    rows = [{"path": f"{number}.mp4", "label": "a", "group": f"g{number % 4}"} for number in range(40)]
+    for held in (True, False):
+        manifest = read(tmp_path, rows, held_groups={"g1": held, "elsewhere": True})
+        assert {source.splits[0] for source in manifest.sources if source.group == "g1"} == {"val" if held else "train"}
+        assert {source.splits[0] for source in manifest.sources} == {"train", "val"}
+
+
+def test_a_class_folder_without_videos_is_named(tmp_path: Path) -> None:
+    videos = touch(tmp_path / "videos", ["a/1.mp4", "b/notes.txt", ".git/x.txt"])
+    assert "videos/b holds no video" in error(videos, None)
+    split = touch(tmp_path / "split", ["train/a/1.mp4", "val/a/1.mp4", "val/b/notes.txt"])
+    assert "split/val/b holds no video" in error(split, None)

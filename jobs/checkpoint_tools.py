@@ -1,0 +1,93 @@
+"""posmlp checkpoint list | inspect | verify | export: what a run has saved, whether it is whole, and its weights for elsewhere."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.checkpoint import Checkpoint, CheckpointStore, model_state, open_checkpoint, write_safetensors
+from cluster.errors import CheckpointError
+from jobs.errors import JobError
+
+
+def listed(run_dir: Path) -> list[Checkpoint]:
+    """A run's checkpoints with a readable manifest, newest first. Raises JobError where there is none."""
+    found = CheckpointStore(run_dir / "checkpoints", keep=1).manifests()
+    if not found:
+        raise JobError(f"{run_dir} has no checkpoint; expected a run folder. Train first: posmlp train RECIPE run.dir={run_dir}")
+    return found
+
+
+def chosen(run_dir: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, the newest one without; its bytes are checked. Raises JobError or CheckpointError."""
+    found = listed(run_dir)
+    fitting = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
+    if not fitting:
+        steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+        raise JobError(f"{run_dir} has no checkpoint of step {step}; there are {steps}.")
+    return open_checkpoint(fitting[0].path)
+
+
+def line(checkpoint: Checkpoint) -> str:
+    """One checkpoint for people."""
+    size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
+    return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}"
+
+
+def inspect(checkpoint: Checkpoint) -> dict[str, object]:
+    """JSON-able: what a checkpoint belongs to and what it holds, by kind of tensor."""
+    kinds: dict[str, dict[str, int]] = {}
+    for name, entry in checkpoint.tensors.items():
+        assert isinstance(entry, Mapping)
+        kind = kinds.setdefault(name.partition(".")[0], {"tensors": 0, "elements": 0})
+        size = 1
+        for extent in entry["shape"]:
+            size *= int(extent)
+        kind["tensors"] += 1
+        kind["elements"] += size
+    return {"path": str(checkpoint.path), "step": checkpoint.step, "number": checkpoint.number, "holds": kinds, **checkpoint.meta}
+
+
+def verify(run_dir: Path) -> list[str]:
+    """What is wrong with a run's checkpoints, one line each; every byte is read."""
+    problems = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        try:
+            open_checkpoint(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+    listed(run_dir)  # an empty folder is an error, not a clean bill
+    return problems
+
+
+def export(checkpoint: Checkpoint, out: Path, *, averaged: bool = True) -> list[str]:
+    """Writes the weights and buffers as one safetensors file under the released names, whole or not at all; returns their names.
+
+    averaged: the running average of the weights where there is one. Index buffers are included where the released class has them;
+    a model that the released names cannot express keeps its own. Raises JobError where `out` exists or its folder does not.
+    """
+    import torch
+
+    from jobs.recipe import parse_recipe
+    from jobs.trained_model import build_model
+    from model.errors import ModelError
+    from model.weights import export_released
+
+    if out.exists() or not out.parent.is_dir():
+        raise JobError(f"{out} {'exists' if out.exists() else 'is in no folder that exists'}; choose another --out.")
+    recipe = parse_recipe(checkpoint.meta["recipe"], where=f"{checkpoint.path}'s recipe")
+    classes = checkpoint.meta["classes"]
+    assert isinstance(classes, list)
+    state = model_state(checkpoint.load(), averaged=averaged)
+    model = build_model(recipe, len(classes))
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    try:
+        tensors = {name: tensor.numpy() for name, tensor in export_released(model).items()}
+    except ModelError:
+        tensors = state
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        write_safetensors(temporary, tensors)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return sorted(tensors)

@@ -1,0 +1,64 @@
+"""A long canonical video as overlapping short ones, its packets copied: a window of it is then read without reading the whole.
+
+Every group of pictures is closed and starts at a keyframe, so a cut there changes no pixel.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeAlias
+
+import av
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+VideoPacket: TypeAlias = "Packet[VideoStream]"
+
+
+def cut(source: Path, destination: Path, num_groups: int) -> Iterator[Path]:
+    """Writes segment i to `destination` and yields that, for i = 0, 1, ...; each is gone when the next one is asked for.
+
+    Segment i holds groups of pictures [i * n, (i + 2) * n) with n = num_groups, at least 1: whatever is no longer than n groups lies
+    whole within one. source: a canonical video. Raises OSError where a segment cannot be written.
+    """
+    with av.open(str(source), "r") as container:
+        stream = container.streams.video[0]
+        for packets in _overlapping(_groups(container.demux(stream)), num_groups):
+            _write(destination, stream, packets)
+            yield destination
+
+
+def _groups(packets: Iterator[VideoPacket]) -> Iterator[list[VideoPacket]]:
+    """Packets by group of pictures, in decoding order."""
+    group: list[VideoPacket] = []
+    for packet in packets:
+        if packet.size == 0:  # the demuxer's end mark
+            continue
+        if packet.is_keyframe and group:
+            yield group
+            group = []
+        group.append(packet)
+    yield group
+
+
+def _overlapping(groups: Iterator[list[VideoPacket]], num_groups: int) -> Iterator[list[VideoPacket]]:
+    """Packets of groups [0, 2n), [n, 3n), ...; the last one may be shorter."""
+    held: list[list[VideoPacket]] = []
+    for group in groups:
+        held.append(group)
+        if len(held) == 2 * num_groups:
+            yield [packet for each in held for packet in each]
+            held = held[num_groups:]
+    yield [packet for each in held for packet in each]
+
+
+def _write(path: Path, stream: VideoStream, packets: list[VideoPacket]) -> None:
+    base = stream.time_base or Fraction(1, 90_000)
+    origin = packets[0].pts or 0  # of a keyframe, which is the first one shown
+    with av.open(str(path), "w", format="mp4") as container:
+        copy = container.add_stream_from_template(stream)
+        for packet in packets:
+            ours = Packet(bytes(packet))  # the other segment that has it needs the original's times
+            ours.pts, ours.dts, ours.time_base = (packet.pts or 0) - origin, (packet.dts or 0) - origin, base
+            ours.duration, ours.is_keyframe, ours.stream = packet.duration, packet.is_keyframe, copy
+            container.mux(ours)
