@@ -16,16 +16,18 @@ def _require(ok: bool, field: str, got: object, expected: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW and its schedule, per iteration: linear warm-up from `warmup_lr`, then `schedule` down to `min_lr` (see `schedule`).
+    """AdamW and its learning rate, a pure function of the step.
 
-    lr: peak learning rate for the whole global batch. weight_decay: not applied to 1-D parameters and those the model names.
-    layer_decay: a layer's rate is this times that of the layer above it, 1 for none. ema: of the weights, that are then evaluated;
-    the share of the old average that a step leaves, 0 for no average.
-    warmup: share of all steps, 0 to 1. milestones, gamma: of schedule "step", shares of all steps and the factor at each.
-    cooldown: of schedule "wsd", share of all steps at the end. clip_grad: bound on the global gradient norm, 0 for none.
-    max_skipped: steps of a run that may be passed over because loss or gradient are not finite, or the loss is more than max_spike
-    times its running mean (0: no such bound); see `guard`. Both may change when a run is resumed.
-    label_smoothing: share of the target spread over all classes.
+    lr: peak learning rate for the whole global batch. betas, eps: AdamW's.
+    weight_decay: not applied to 1-D parameters and those the model names.
+    layer_decay: a layer's rate is this times that of the layer above it, 1 for none.
+    ema: an average of the weights is kept and evaluated; the share of the old average that a step leaves, 0 for no average.
+    schedule: after warm-up, "cosine" down to min_lr; "step", lower at each milestone; "wsd", constant, then a linear cooldown to min_lr.
+    warmup: share of all steps, 0 to 1, in which the rate rises linearly from warmup_lr to lr. warmup_lr, min_lr: where it begins and ends.
+    milestones, gamma: of schedule "step", shares of all steps and the factor at each. cooldown: of "wsd", share of all steps at the end.
+    clip_grad: bound on the global gradient norm, 0 for none. label_smoothing: share of the target spread over all classes.
+    max_skipped: steps of a run that may be passed over because loss or gradient are not finite or the loss spikes; see `guard`.
+    max_spike: a loss beyond so many times its running mean is a spike, 0: none is. Both may change when a run is resumed.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -77,7 +79,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointOptions:
-    """How often state is saved, in optimizer steps, and how many whole checkpoints are kept."""
+    """When state is saved. The last step always is.
+
+    every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
     every: int = 200
