@@ -1,43 +1,56 @@
 """Times the model against the released formulation written plainly, at equal weights, interleaved in one run.
 
-    python -m jobs.bench_model [--presets posmlp_s posmlp_b] [--num-frames 16] [--repeats 3] [--threads 1] [--json]
+    posmlp bench model [--presets posmlp_s,posmlp_b] [--repeats 5] [--threads 1] [--batch 1] [--json]
 
 For each preset and type it prints clips per CPU-second of the forward pass (evaluation, no gradient) and of forward +
-backward (batch statistics, loss to all gradients), the ratio to the released formulation in float32, and the share of the
-rate at which one large matrix product runs on the same threads in the same type. Rounds alternate between the contestants,
-so a machine that slows down slows all of them; the best round counts, and the spread (worst to best) is given beside it.
+backward (batch statistics, loss to all gradients), the ratio to the released formulation in float32, the share of the rate at
+which one large matrix product runs on the same threads in the same type, and the peak memory. Contestants alternate within a
+round, so a machine that slows down slows all of them: a ratio is taken within each round, and the median of the rounds
+counts, with the lowest and the highest beside it. Memory is measured in a process of its own for each line: the highest
+resident size minus what it was before the first pass.
 
 :func:`plain_logits` is that released formulation: groups innermost in one einsum, windows partitioned around every spatial
 layer, sites and frames transposed around every temporal one, separate norms and linear layers. It shares no code with the
 model package, only the names of the weights; the tests use it as the reference for values too.
 """
 
-import argparse
-import itertools
 import json
+import re
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.errors import JobError
 from model.posmlp import PosMLPVideo
-from model.presets import PRESETS, ModelConfig, count_macs
+from model.presets import ModelConfig, count_macs
 
 EPS = 1e-5
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# (direction, type, who), in the order of a round: what is compared stands close together.
+CASES = [
+    (direction, kind, who)
+    for direction in ("forward", "forward+backward")
+    for kind, who in (("float32", "released"), ("float32", "ours"), ("bfloat16", "ours"), ("bfloat16", "released"))
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """One line of the table. The time is the process's CPU time, so other processes' turns do not count; their use of caches
-    and of memory does.
+    """One line of the table. Times are the process's CPU time, so other processes' turns do not count; their use of caches and
+    of memory does.
 
-    who: ``ours`` or ``released``. spread: the worst round's time over the best's. times_released: how many times as fast as
-    the released formulation in float32. product_share: of the rate of one large product in the same type.
+    who: ``ours`` or ``released``. clips_per_cpu_s: of the best round. times_released: how many times as fast as the released
+    formulation in float32, median, lowest and highest of the rounds. product_share: of the best rate of one large product in
+    the same type. peak_mib: memory of a pass above what weights and clip take, in MiB; None where it was not measured.
     """
 
     preset: str
@@ -45,20 +58,33 @@ class Timing:
     kind: str
     who: str
     clips_per_cpu_s: float
-    spread: float
-    times_released: float
+    times_released: tuple[float, float, float]
     product_share: float
+    peak_mib: int | None
 
 
 def run(
-    presets: Sequence[str] = ("posmlp_s", "posmlp_b"), *, num_frames: int = 16, repeats: int = 3, threads: int = 1, batch: int = 1
+    presets: Sequence[str] = ("posmlp_s", "posmlp_b"),
+    *,
+    num_frames: int = 16,
+    repeats: int = 5,
+    threads: int = 1,
+    batch: int = 1,
+    memory: bool = True,
 ) -> dict[str, object]:
-    """Times every preset; plain data for a report: ``threads``, ``product_gflops`` by type, ``rows`` as :class:`Timing`."""
+    """Times every preset; plain data: ``threads``, ``batch``, ``product_gflops`` by type, ``rows`` as :class:`Timing`.
+
+    Raises JobError for an unknown preset, naming the nearest.
+    """
+    try:
+        configs = [ModelConfig(preset=preset, num_frames=num_frames, drop_path=0.0, dictionary_init="trunc_normal") for preset in presets]
+    except ValueError as error:
+        raise JobError(str(error)) from None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         rates = {kind: product_rate(dtype) for kind, dtype in TYPES.items()}
-        rows = [asdict(row) for preset in presets for row in _time_preset(preset, num_frames, repeats, batch, rates)]
+        rows = [asdict(row) for config in configs for row in _time(config, repeats, batch, rates, memory)]
     finally:
         torch.set_num_threads(before)
     return {"threads": threads, "batch": batch, "num_frames": num_frames, "product_gflops": rates, "rows": rows}
@@ -70,33 +96,70 @@ def product_rate(dtype: torch.dtype, size: int = 1536) -> float:
     return 2e-9 * size**3 / min(_cpu_seconds(partial(torch.mm, a, b)) for _ in range(6))
 
 
-def _time_preset(preset: str, num_frames: int, repeats: int, batch: int, rates: Mapping[str, float]) -> Iterator[Timing]:
-    config = ModelConfig(preset=preset, num_frames=num_frames, drop_path=0.0, dictionary_init="trunc_normal").resolve()
-    model = PosMLPVideo(config)
-    clips = torch.randn(batch, config.in_channels, num_frames, *config.input_size)
-    cases = list(itertools.product(("released", "ours"), TYPES, (False, True)))
-    seconds: dict[tuple[str, str, bool], list[float]] = {case: [] for case in cases}
-    for case in cases:
+def _time(config: ModelConfig, repeats: int, batch: int, rates: dict[str, float], memory: bool) -> Iterator[Timing]:
+    model, clips = _contest(config, batch)
+    for case in CASES:
         _pass(model, clips, *case)  # the first of each pays for memory and kernels
+    rounds = []
     for _ in range(repeats):
-        for case in cases:
-            seconds[case].append(_cpu_seconds(partial(_pass, model, clips, *case)))
-    for (who, kind, backward), times in seconds.items():
-        gflops = 2e-9 * count_macs(config) * (3 if backward else 1) * batch
+        rounds.append({case: _cpu_seconds(partial(_pass, model, clips, *case)) for case in CASES})
+        for kind, dtype in TYPES.items():  # the machine may have become faster since
+            rates[kind] = max(rates[kind], product_rate(dtype))
+    for direction, kind, who in CASES:
+        best = min(seconds[direction, kind, who] for seconds in rounds)
+        ratios = [seconds[direction, "float32", "released"] / seconds[direction, kind, who] for seconds in rounds]
+        gflops = 2e-9 * count_macs(model.config) * (3 if direction == "forward+backward" else 1) * batch
         yield Timing(
-            preset=preset,
-            direction="forward+backward" if backward else "forward",
+            preset=config.preset,
+            direction=direction,
             kind=kind,
             who=who,
-            clips_per_cpu_s=batch / min(times),
-            spread=max(times) / min(times),
-            times_released=min(seconds["released", "float32", backward]) / min(times),
-            product_share=gflops / min(times) / rates[kind],
+            clips_per_cpu_s=batch / best,
+            times_released=(statistics.median(ratios), min(ratios), max(ratios)),
+            product_share=gflops / best / rates[kind],
+            peak_mib=peak_memory(config, batch, direction, kind, who) if memory else None,
         )
 
 
-def _pass(model: PosMLPVideo, clips: Tensor, who: str, kind: str, backward: bool) -> None:
+def _contest(config: ModelConfig, batch: int) -> tuple[PosMLPVideo, Tensor]:
+    """The model and a batch of clips of its size."""
+    model = PosMLPVideo(config)
+    return model, torch.randn(batch, model.config.in_channels, model.config.num_frames, *model.config.input_size)
+
+
+def peak_memory(config: ModelConfig, batch: int, direction: str, kind: str, who: str) -> int | None:
+    """MiB that two passes add at the most to a process's resident memory, in a new process; None where there is no /proc."""
+    if not Path("/proc/self/status").exists():
+        return None
+    arguments = json.dumps(
+        [{"preset": config.preset, "num_frames": config.num_frames}, torch.get_num_threads(), batch, direction, kind, who]
+    )
+    done = subprocess.run([sys.executable, "-m", "jobs.bench_model", arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise JobError(f"measuring memory of {config.preset}, {direction}, {kind}, {who} failed: {done.stderr.strip()[-300:]}")
+    return int(done.stdout)
+
+
+def _print_peak_memory(arguments: str) -> None:
+    """What the new process of :func:`peak_memory` does."""
+    fields, threads, *case = json.loads(arguments)
+    torch.set_num_threads(threads)
+    model, clips = _contest(ModelConfig(**fields, drop_path=0.0, dictionary_init="trunc_normal"), case[0])
+    before = _status_mib("VmRSS")
+    for _ in range(2):
+        _pass(model, clips, *case[1:])
+    print(_status_mib("VmHWM") - before)
+
+
+def _status_mib(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, field
+    return int(found[1]) // 1024
+
+
+def _pass(model: PosMLPVideo, clips: Tensor, direction: str, kind: str, who: str) -> None:
     """One forward pass, or forward and backward, of one contestant."""
+    backward = direction == "forward+backward"
     model.train(backward)
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"), torch.set_grad_enabled(backward):
@@ -195,35 +258,26 @@ def _norm(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], *_pair(weights, name), eps=EPS)
 
 
-def print_table(result: Mapping[str, object]) -> None:
+def table(result: Mapping[str, object]) -> str:
     """The result of :func:`run` for people."""
     rows, rates = result["rows"], result["product_gflops"]
     assert isinstance(rows, list)
     assert isinstance(rates, dict)
-    print(f"{result['threads']} thread(s); a large product: " + ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items()), end="")
-    print(" GFLOP per CPU-second")
-    print(f"{'preset':<12}{'pass':<18}{'type':<10}{'who':<10}{'clips/CPU-s':>12}{'spread':>8}{'x released':>12}{'of product':>12}")
-    for row in sorted(rows, key=lambda row: (row["preset"], row["direction"], row["kind"], row["who"]), reverse=True):
-        print(f"{row['preset']:<12}{row['direction']:<18}{row['kind']:<10}{row['who']:<10}{row['clips_per_cpu_s']:>12.3f}", end="")
-        print(f"{row['spread']:>8.2f}{row['times_released']:>12.2f}{row['product_share']:>12.0%}")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(description="Times the model against the released formulation written plainly.")
-    parser.add_argument("--presets", nargs="+", default=["posmlp_s", "posmlp_b"], choices=sorted(PRESETS))
-    parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=1, help="clips a pass")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    options = parser.parse_args(arguments)
-    result = run(options.presets, num_frames=options.num_frames, repeats=options.repeats, threads=options.threads, batch=options.batch)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_table(result)
+    products = ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
+    lines = [
+        f"{result['threads']} thread(s), batch {result['batch']}, {result['num_frames']} frames; "
+        f"a large product: {products} GFLOP per CPU-second",
+        f"{'preset':<12}{'pass':<18}{'type':<10}{'who':<10}{'clips/CPU-s':>12}"
+        f"{'x released (from, to)':>24}{'of product':>12}{'peak MiB':>10}",
+    ]
+    for row in rows:
+        median, low, high = row["times_released"]
+        lines.append(
+            f"{row['preset']:<12}{row['direction']:<18}{row['kind']:<10}{row['who']:<10}{row['clips_per_cpu_s']:>12.3f}"
+            f"{f'{median:.2f} ({low:.2f}, {high:.2f})':>24}{row['product_share']:>12.0%}{row['peak_mib'] or '-':>10}"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    _print_peak_memory(sys.argv[1])

@@ -375,6 +375,19 @@ def checkpoint_export(run_dir: Path, step: int | None, out: Path, last: bool) ->
     click.echo(f"{out}: {len(verb.export(chosen, out, averaged=not last))} tensors of step {chosen.step}")
 
 
+@posmlp.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def models(as_json: bool) -> None:
+    """List the model presets at 8, 16 and 32 frames: parameters, multiply-accumulates, memory, and where their numbers come from."""
+    from jobs import models as verb
+
+    cards = verb.run()
+    if as_json:
+        click.echo(json.dumps(verb.as_plain(cards), indent=1, ensure_ascii=False))
+    else:
+        verb.show(cards)
+
+
 @posmlp.group()
 def bench() -> None:
     """Measurements that anyone can repeat; what they gave us is in docs/benchmarks.md."""
@@ -420,12 +433,16 @@ def bench_ablations(videos: Path, labels: Path, out: Path, steps: int) -> None:
 
 @bench.command("model")
 @click.option("--presets", default="posmlp_s", show_default=True, help="Comma-separated.")
-@click.option("--repeats", default=3, show_default=True, help="Interleaved repeats of each measurement.")
-def bench_model(presets: str, repeats: int) -> None:
-    """Clips per CPU-second against the released formulation, forward and backward, float32 and bf16."""
+@click.option("--repeats", default=5, show_default=True, help="Interleaved repeats of each measurement.")
+@click.option("--threads", default=1, show_default=True, help="Threads of torch.")
+@click.option("--batch", default=1, show_default=True, help="Clips a pass.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_model(presets: str, repeats: int, threads: int, batch: int, as_json: bool) -> None:
+    """Clips per CPU-second and peak memory against the released formulation, forward and backward, float32 and bf16."""
     from jobs import bench_model as verb
 
-    verb.print_table(verb.run(presets.split(","), repeats=repeats))
+    result = verb.run(presets.split(","), repeats=repeats, threads=threads, batch=batch)
+    click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
 def main() -> None:

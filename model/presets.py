@@ -276,7 +276,6 @@ def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 PRESETS: Mapping[str, ResolvedConfig] = MappingProxyType(
     {
-        # Widths, depths, windows, groups, frames and classes of the released SSV1 S16. [released]
         "posmlp_s": ResolvedConfig(
             preset="posmlp_s",
             num_classes=174,
@@ -287,7 +286,6 @@ PRESETS: Mapping[str, ResolvedConfig] = MappingProxyType(
             windows=(14, 14, 14, 7),
             groups=(8, 16, 32, 64),
         ),
-        # Widths and depths of the released B files; their 64 groups do not divide 392, so these groups are [inferred].
         "posmlp_b": ResolvedConfig(
             preset="posmlp_b",
             num_classes=174,
@@ -298,7 +296,6 @@ PRESETS: Mapping[str, ResolvedConfig] = MappingProxyType(
             windows=(14, 14, 14, 7),
             groups=(8, 16, 28, 56),
         ),
-        # For tests and first steps on a laptop; a size of this project's own.
         "posmlp_tiny": ResolvedConfig(
             preset="posmlp_tiny",
             num_classes=10,
@@ -313,3 +310,11 @@ PRESETS: Mapping[str, ResolvedConfig] = MappingProxyType(
     }
 )
 PRESET_FRAMES = (8, 16, 32)
+PRESET_SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "posmlp_s": "widths, depths, windows, groups and classes at 16 frames are the released Something-Something V1 S16's; "
+        "8 and 32 frames are the same network at another length [inferred]",
+        "posmlp_b": "widths and depths are those of the released B files, whose 64 groups do not divide 392: these groups are inferred",
+        "posmlp_tiny": "a size of this project's own, for tests and first steps on a laptop",
+    }
+)

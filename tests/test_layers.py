@@ -11,6 +11,7 @@ HEAVY = {"torch", "nvidia", "ray", "deepspeed", "webdataset", "av"}
 PURE = [
     "pipeline.errors",
     "pipeline.options",
+    "pipeline.labels",
     "pipeline.manifest",
     "pipeline.index",
     "pipeline.order",

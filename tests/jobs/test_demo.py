@@ -1,5 +1,7 @@
 """The demo on a folder of one's own: built, trained with a kill, resumed, evaluated, reported; labels are optional."""
 
+import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,19 @@ def one_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def no_usual_ports() -> Iterator[None]:
+    """The ports that Ray and torch would take by default are somebody else's."""
+    with contextlib.ExitStack() as stack:
+        for port in (6379, 8265, 29500):
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # somebody has it already: as good
+                taken.bind(("0.0.0.0", port))
+                taken.listen()
+        yield
+
+
+@pytest.mark.usefixtures("no_usual_ports")
 def test_own_videos(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for number in range(16):
         path = tmp_path / "own videos: #1" / f"class {number % 2}" / f"{number}.mp4"
