@@ -150,6 +150,9 @@ class PosMLPVideo(nn.Module):
             raise ModelError("clips: got an empty batch, expected at least one clip")
         if not clips.is_floating_point():
             raise ModelError(f"clips: got {clips.dtype}, expected floating point; normalise pixels before the model")
+        weights = self.patch_embed1.proj1.weight.dtype
+        if clips.dtype != weights and not torch.is_autocast_enabled(clips.device.type):
+            raise ModelError(f"clips: got {clips.dtype}, expected the weights' {weights}; convert one of them, or run under torch.autocast")
         if clips.shape[2] != config.num_frames:
             raise ModelError(
                 f"clips: got {clips.shape[2]} frames, expected {config.num_frames}; build the model with num_frames: "

@@ -20,7 +20,7 @@ import pytest
 from jobs import recipe_reference, synthesize
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["tutorial.md", "howto/report.md", "howto/own-data.md", "howto/fine-tuning.md", "howto/kinetics.md", "howto/something-something.md"]
+PAGES = ["tutorial.md", "howto/own-data.md", "howto/fine-tuning.md", "howto/report.md", "howto/kinetics.md", "howto/something-something.md"]
 SETTINGS = """
     model.preset=posmlp_tiny model.stem=2d model.widths=[8,16,32,64] model.depths=[1,1,1,1] model.groups=[4,8,16,32] model.windows=[2,2,2,2]
     augment.size=32 augment.eval_resize=32 augment.repeats=1 clip.num_frames=4 clip.sampling=segment

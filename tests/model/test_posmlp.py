@@ -135,6 +135,7 @@ def test_names_for_the_optimizer() -> None:
         ((1, 4, 3, 64, 64), torch.float32, "looks like"),
         ((3, 4, 64, 64), torch.float32, "expected"),
         ((1, 3, 4, 64, 64), torch.uint8, "normalise"),
+        ((1, 3, 4, 64, 64), torch.float64, "expected the weights' torch.float32"),
         ((1, 3, 5, 64, 64), torch.float32, "num_frames: 5"),
         ((1, 3, 4, 31, 64), torch.float32, "at least 32"),
         ((0, 3, 4, 64, 64), torch.float32, "empty"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -183,3 +184,65 @@ def test_wrong_use_of_a_unit_says_what_to_do() -> None:
         PoTGU(6, 4, 2)
     with pytest.raises(ModelError, match=r"expected \(\.\.\., 4, 4\)"):
         PoSGU(2, 1, 2)(torch.zeros(1, 5, 4))
+
+
+def _loop_block(block: Block, x: torch.Tensor, frames: int, window: int) -> torch.Tensor:
+    """A block on tubes (R, T, n, D) by its equations: residual steps, each unit as plain loops."""
+    for names in block.order:
+        step = torch.zeros_like(x)
+        for name in names:
+            layer = block.get_submodule(name).encoder
+            h = F.gelu(layer.fc1(layer.norm(x)))  # (R, T, n, 2C)
+            kinds = [layer.gate_unit] if layer.version == "v1" else [layer.gate_unit_t, layer.gate_unit_s]
+            pieces = h.chunk(2, dim=-1) if layer.version == "v2" else [h] * len(kinds)
+            outs = []
+            for unit, own in zip(kinds, pieces, strict=True):
+                in_time = isinstance(unit, PoTGU)
+                runs = own.transpose(1, 2) if in_time else own
+                flat = runs.flatten(1, 2) if isinstance(unit, PoSTGU) else runs.flatten(0, 1)
+                gated = loop_gate(flat, unit.pos.window_relative_position_bias_table, unit.pos.token_proj_n_bias, unit.pos.extents)
+                gated = gated.view(*runs.shape[:-1], -1)
+                outs.append(gated.transpose(1, 2) if in_time else gated)
+            step = step + layer.fc2(sum(outs) if layer.version == "v4" else torch.cat(outs, dim=-1))
+        x = x + step
+    return x
+
+
+@pytest.mark.parametrize("expansion", [2, 4])
+@pytest.mark.parametrize("kind", ["parallel", "temporal_spatial", "spatial_temporal", "joint", "v2", "v3", "v4"])
+def test_every_kind_of_block_is_its_equations(kind: str, expansion: int) -> None:
+    """In training (float64, with gradients) and in inference (float32, where other kernels run)."""
+    frames, window, width, groups = 3, 2, 8, 2
+    choice = {"version": kind} if kind.startswith("v") else {"block": kind}
+    fields = {"widths": (width,) * 4, "groups": (groups,) * 4, "windows": (window,) * 4, "expansion": expansion, **choice}
+    config = ModelConfig(preset="posmlp_tiny", num_frames=frames, **fields).resolve()
+    block, windows = Block(config, 0, 0.0), WindowGrid.of(window, 3 * window, window)
+    randomise(block, 4)
+    block.double()
+    x = _random(3, frames, window * window, width, seed=5).requires_grad_(True)
+    expected = _loop_block(block, x, frames, window)
+    out = block(x, windows)
+    assert relative_error(out, expected) <= 1e-12
+    leaves = [x, *block.parameters()]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    for got, wanted in zip(
+        torch.autograd.grad((out * weight).sum(), leaves), torch.autograd.grad((expected * weight).sum(), leaves), strict=True
+    ):
+        assert relative_error(got, wanted) <= 1e-10
+    with torch.inference_mode():
+        assert relative_error(block.float().eval()(x.float(), windows).double(), expected) <= 1e-5
+
+
+def test_all_tubes_of_a_sample_share_its_fate_under_drop_path() -> None:
+    config = ModelConfig(preset="posmlp_tiny", num_frames=2, dictionary_init="trunc_normal").resolve()
+    windows, x = WindowGrid.of(4, 6, 2), _random(5 * 6, 2, 4, 24).float()  # 5 samples of 6 windows
+    block = Block(config, 0, 0.5)
+    randomise(block, 3)
+    kept = block.eval()(x, windows) - x
+    torch.manual_seed(0)
+    change = (block.train()(x, windows) - x).view(5, -1)
+    expected = kept.view(5, -1) * 2
+    fates = [bool(row.any()) for row in change]
+    assert len(set(fates)) == 2  # some kept, some dropped, or this shows nothing
+    for row, wanted, fate in zip(change, expected, fates, strict=True):
+        assert relative_error(row, wanted) <= 1e-5 if fate else not row.any()
