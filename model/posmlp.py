@@ -37,8 +37,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) floating to (B, D, T', H/4, W/4), stored channels-last."""
-        x = self.norm1(convolve(self.proj1, x))
-        return cast(Tensor, self.norm2(convolve(self.proj2, self.act(x))))
+        x = self._normalise(self.norm1, convolve(self.proj1, x))
+        return self._normalise(self.norm2, convolve(self.proj2, self.act(x)))
+
+    def _normalise(self, norm: nn.BatchNorm3d, x: Tensor) -> Tensor:
+        # On a CPU torch sums channels-last statistics in one running float32, which costs gradients half a digit; and where strides
+        # leave open which layout it is, as with one frame, it reads gradients in the wrong one (torch 2.13).
+        contiguous = torch.is_grad_enabled() and x.device.type == "cpu"
+        return cast(Tensor, norm(x.contiguous() if contiguous else x))
 
 
 class Downsample(nn.Module):
@@ -62,10 +68,12 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     if conv.kernel_size[0] != 1:
         return cast(Tensor, conv(x.contiguous(memory_format=torch.channels_last_3d)))
     batch, _, frames, _, _ = x.shape
-    images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    # One frame is squeezed, not transposed: its strides would leave the layout open, which batch norm's backward gets wrong.
+    images = x.squeeze(2) if frames == 1 else x.transpose(1, 2).flatten(0, 1)
     weight = conv.weight[:, :, 0].contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
     images = F.conv2d(images, weight, conv.bias, conv.stride[1:], conv.padding[1:])
-    return images.view(batch, frames, *images.shape[1:]).transpose(1, 2)
+    return images.unsqueeze(2) if frames == 1 else images.view(batch, frames, *images.shape[1:]).transpose(1, 2)
 
 
 class PosMLPVideo(nn.Module):

@@ -1,5 +1,6 @@
 """Equality with the authors' released code: their numbers where the files are at hand, their formulation everywhere."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def test_a_whole_released_model_is_reproduced() -> None:
         ({"num_frames": 4}, (64, 64), 2),  # one window a stage
         ({"num_frames": 5, "widths": (16, 24, 40, 48), "groups": (4, 8, 8, 16), "windows": (4, 4, 4, 2)}, (64, 128), 1),
         ({"num_frames": 1, "expansion": 4, "windows": (7, 7, 7, 4), "groups": (1, 2, 4, 8)}, (112, 112), 1),  # the image twin, r_e 4
+        ({"num_frames": 1, "windows": (8, 4, 4, 2)}, (64, 64), 3),  # one frame, several clips: strides of length-1 axes
         ({"num_frames": 3, "in_channels": 1, "groups": (24, 48, 96, 192), "windows": (8, 4, 4, 2)}, (64, 64), 2),  # one channel a group
     ],
 )
@@ -113,18 +115,28 @@ def test_any_released_shape_agrees_with_the_released_formulation(
     randomise(model, seed=3)
     model.train(training)
     clips = torch.randn(batch, model.config.in_channels, model.config.num_frames, *size, generator=torch.Generator().manual_seed(5))
-    expected = plain_logits(state_of(model), clips, windows, training)
-    parameters = dict(model.named_parameters())
-    weight = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
-    reference = torch.autograd.grad((expected * weight).sum(), list(parameters.values()))
-    logits = model(clips)
-    assert relative_error(logits, expected) <= 1e-4
-    gradients = torch.autograd.grad((logits * weight).sum(), list(parameters.values()))
-    scale = max(g.abs().max() for g in reference)
-    for name, got, wanted in zip(parameters, gradients, reference, strict=True):
+    exact_model = copy.deepcopy(model).double()
+
+    def run(model: PosMLPVideo, clips: Tensor, plain: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = plain_logits(state_of(model), clips, windows, training) if plain else model(clips)
+        weight = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view(logits.shape)
+        parameters = dict(model.named_parameters())
+        return logits.detach(), dict(zip(parameters, torch.autograd.grad((logits * weight).sum(), list(parameters.values())), strict=True))
+
+    exact_logits, exact = run(exact_model, clips.double(), plain=True)
+    _, ours_exact = run(exact_model, clips.double(), plain=False)
+    _, plain = run(copy.deepcopy(model), clips, plain=True)
+    logits, ours = run(model, clips, plain=False)
+    assert relative_error(logits.double(), exact_logits) <= 1e-4
+    scale = max(g.abs().max() for g in exact.values())
+    for name, wanted in exact.items():
         # The bias of a convolution before a batch norm has a true gradient of zero in training: both sides are rounding.
-        reach = scale if training and name.startswith("patch_embed1.proj") and name.endswith("bias") else wanted.abs().max()
-        assert (got - wanted).abs().max() <= 1e-4 * reach, name
+        zero = training and name.startswith("patch_embed1.proj") and name.endswith("bias")
+        reach = scale if zero else wanted.abs().max()
+        assert (ours_exact[name] - wanted).abs().max() <= 1e-9 * reach, name
+        # In float32 a sum over all tokens may cancel to a thousandth of its terms: then as near as the released formulation comes.
+        off, released_off = ((g[name].double() - wanted).abs().max() for g in (ours, plain))
+        assert off <= max(1e-4 * reach, 2 * released_off), name
 
 
 def test_bfloat16_autocast_stays_within_its_rounding() -> None:

@@ -1,5 +1,6 @@
 """The built network: its numbers, its uses in training, and its refusals."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from model.errors import ModelError
 from model.posmlp import PosMLPVideo
@@ -226,3 +228,24 @@ def test_gradients_accumulate_over_micro_batches(changes: dict[str, str]) -> Non
     first, second, both = gradients(clips[0]), gradients(clips[1]), gradients(clips[0], clips[1])
     for name, total in both.items():
         torch.testing.assert_close(total, first[name] + second[name], msg=name)
+
+
+@pytest.mark.parametrize("stem", ["2d", "3d"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gradients_in_float32_are_those_in_float64_however_few_the_frames(stem: str, frames: int, batch: int) -> None:
+    """With one token frame the strides of a clip fit two memory layouts; batch norm's backward read gradients in the wrong one."""
+    config = ModelConfig(preset="posmlp_tiny", num_frames=frames, input_size=64, stem=stem, windows=(8, 4, 4, 2), depths=(1, 1, 1, 1))
+    model = PosMLPVideo(config)
+    randomise(model, seed=2)
+    clips = torch.randn(batch, 3, frames, 64, 64, generator=torch.Generator().manual_seed(5))
+
+    def gradients(model: PosMLPVideo, clips: Tensor) -> list[Tensor]:
+        logits = model(clips)
+        weight = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view(logits.shape)
+        return list(torch.autograd.grad((logits * weight).sum(), list(model.parameters())))
+
+    exact = gradients(copy.deepcopy(model).double(), clips.double())
+    scale = max(g.abs().max() for g in exact)
+    for (name, _), got, wanted in zip(model.named_parameters(), gradients(model, clips), exact, strict=True):
+        assert (got - wanted).abs().max() <= 1e-4 * scale, name
