@@ -23,6 +23,7 @@ from jobs.build_folder import compare, explained, only_builder, read_plan, remov
 from jobs.build_tasks import build_shards, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
+from pipeline.location import Location
 from pipeline.manifest import Manifest, Source, ordered_classes, read_manifest
 from pipeline.media import check_encoder
 from pipeline.options import EncodeOptions, LimitOptions
@@ -45,9 +46,9 @@ class Appended:
 
 def run(
     *,
-    videos: Path,
+    videos: Location,
     labels: Path | None,
-    out: Path,
+    out: Location,
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -57,6 +58,8 @@ def run(
     Raises ManifestError (videos, labels, keys that the dataset has already), DatasetError (no dataset, another append unfinished)
     and PipelineError (disk full, another writer).
     """
+    if isinstance(out, str):
+        raise DatasetError(f"{out} cannot be appended to at its URL. Append to a copy in a folder and upload that; dataset.json last.")
     with explained(out):
         read_info(out)  # before anything is locked: is there one at all?
         with only_builder(out):
@@ -81,7 +84,7 @@ def run(
 def read_again(
     out: Path,
     info: DatasetInfo,
-    videos: Path,
+    videos: Location,
     sources: Sequence[Source],
     encode: EncodeOptions,
     limits: LimitOptions,
@@ -91,16 +94,18 @@ def read_again(
     dataset = Dataset.open(out)
     waiting = {_place(row) for row in read_quarantine(dataset) if row["reason"] in TRIED_AGAIN}
     again = [source for source in sources if (source.path, source.start_s, source.end_s) in waiting]
-    if not any(_opens(videos / source.path) for source in again):
+    if not any(_opens(videos, source) for source in again):
         return info
     with only_builder(out):
         request: dict[str, object] = {"videos": f"{len(again)} that could not be read before"}
         return _extend(Dataset.open(out), videos, again, [], request, encode, limits, num_cpus).info
 
 
-def _opens(path: Path) -> bool:
+def _opens(videos: Location, source: Source) -> bool:
+    if isinstance(videos, str):
+        return True  # it is listed at the URL
     try:
-        with path.open("rb") as file:
+        with (videos / source.path).open("rb") as file:
             return bool(file.read(1))
     except OSError:
         return False
@@ -157,7 +162,7 @@ def _refuse_known(dataset: Dataset, sources: Sequence[Source]) -> None:
 
 def _extend(
     dataset: Dataset,
-    videos: Path,
+    videos: Location,
     sources: Sequence[Source],
     missing: Sequence[str],
     request: Mapping[str, object],
@@ -239,7 +244,7 @@ def _place(row: Mapping[str, object]) -> tuple[object, object, object]:
     return row["path"], row.get("start_s"), row.get("end_s")
 
 
-def show(out: Path, done: Appended) -> None:
+def show(out: Location, done: Appended) -> None:
     """Says on standard output what was appended."""
     if not done.num_items and not done.num_quarantined:
         click.echo(f"{out}: these videos were appended before; nothing to do")

@@ -9,28 +9,34 @@
 Everything is a pure function of the request and the videos, so a build that was killed anywhere and is run again ends with the same
 bytes, and leaves finished shards alone. Pixels never pass through this process: tasks write their shards themselves.
 
+Where `out` is a URL, see `build_remote`: the same, in a temporary folder of the driver, and uploaded.
+
 Videos that could not be read say nothing about themselves: when the command is run again they are, and what is read then is appended.
 """
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
 from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_remote import Upload
 from jobs.build_tasks import build_shards, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
 from pipeline.errors import DatasetError
 from pipeline.index import DatasetInfo, read_info
+from pipeline.location import Location
 from pipeline.manifest import Manifest, Source, read_manifest
 from pipeline.media import check_encoder
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import RejectedError
 from pipeline.shards import deal, sample
+from pipeline.source_files import SourceFiles
 
 PLAN_VERSION = 1
 SAMPLED_VIDEOS, SAMPLED_S = 8, 4.0  # how many videos, and how much of each, tell what the canonical form weighs
@@ -56,9 +62,9 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
 
 def run(
     *,
-    videos: Path,
+    videos: Location,
     labels: Path | None,
-    out: Path,
+    out: Location,
     encode: EncodeOptions,
     limits: LimitOptions,
     shard_size_mib: int = 128,
@@ -69,81 +75,123 @@ def run(
 ) -> DatasetInfo:
     """Builds, resumes or finds finished the dataset in `out`. num_cpus: of the private Ray that is started when none is joined.
 
-    Raises ManifestError (videos and labels), DatasetError (`out` holds another dataset, or a damaged one) and PipelineError (disk
-    full, another build at work, an encoder option that x264 does not know).
+    Raises ManifestError (videos and labels), DatasetError (`out` holds another dataset, or a damaged one), StorageError (of a URL) and
+    PipelineError (disk full, another build at work, an encoder option that x264 does not know).
     """
     check_encoder(encode)
     manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
     asked = request_of(manifest, encode=encode, limits=limits, shard_size_mib=shard_size_mib, seed=seed)
+    made = partial(_make, videos, manifest, asked, encode, limits, num_cpus)
     with explained(out):
+        if isinstance(out, str):
+            with Upload.begin(out) as upload:
+                info = upload.info()
+                return made(upload.folder, upload) if info is None else _finished(out, info, asked, upload.sizes())
         if (out / "dataset.json").is_file():
-            info = _finished(out, asked)
+            info = _finished_folder(out, asked)
             return read_again(out, info, videos, manifest.sources, encode, limits, num_cpus)
         (out / "build").mkdir(parents=True, exist_ok=True)
         with only_builder(out):
             if (out / "dataset.json").is_file():  # another build has just finished it
-                return _finished(out, asked)
-            ratio = _plan(out, videos, manifest, asked, encode, limits, seed)
-            remove_leftovers(out, out / "build")
-            shards = deal(manifest.sources, ratio=ratio, shard_bytes=shard_size_mib << 20, seed=seed)
-            classes, splits = manifest.classes, splits_of(manifest)
-            tasks = shard_tasks(shards, classes, splits, videos=videos, out=out, work=out / "build", encode=encode, limits=limits)
-            build_shards(tasks, num_cpus)
-            remove_leftovers(out, out / "build")  # of tasks that died and were run again
-            made = collect(out, out / "build", range(len(shards)))
-            quarantine = [*made.rejects, *missing_rows(manifest.missing)]
-            info = commit(out, made, quarantine, classes=classes, splits=splits, build={**asked, "source_ratio": ratio})
-            shutil.rmtree(out / "build")
-            return info
+                return _finished_folder(out, asked)
+            return made(out, None)
 
 
-def _finished(out: Path, request: dict[str, object]) -> DatasetInfo:
-    """A dataset that is there already, if it is the one that was asked for and all its files have their sizes."""
+def _make(
+    videos: Location,
+    manifest: Manifest,
+    asked: dict[str, object],
+    encode: EncodeOptions,
+    limits: LimitOptions,
+    num_cpus: int | None,
+    out: Path,
+    upload: Upload | None,
+) -> DatasetInfo:
+    """Builds in the folder `out`, which is the driver's own where there is an upload."""
+    work = out / "build"
+    ratio = _plan(out, videos, manifest, asked, encode, limits, upload)
+    remove_leftovers(out, work)
+    shards = deal(manifest.sources, ratio=ratio, shard_bytes=int(str(asked["shard_size_mib"])) << 20, seed=int(str(asked["seed"])))
+    classes, splits = manifest.classes, splits_of(manifest)
+    place = upload.url if upload else out
+    tasks = shard_tasks(shards, classes, splits, videos=videos, out=place, work=work, encode=encode, limits=limits)
+    build_shards(tasks, num_cpus)
+    remove_leftovers(out, work)  # of tasks that died and were run again
+    if upload:
+        upload.pull()
+    made = collect(out, work, range(len(shards)))
+    quarantine = [*made.rejects, *missing_rows(manifest.missing)]
+    info = commit(out, made, quarantine, classes=classes, splits=splits, build={**asked, "source_ratio": ratio})
+    if upload:
+        upload.commit(info)
+    shutil.rmtree(work)
+    return info
+
+
+def _finished_folder(out: Path, request: dict[str, object]) -> DatasetInfo:
     info = read_info(out)
-    next_step = "Choose another data.dir; add new videos with 'posmlp data append'; or remove this folder to build it anew."
-    compare(out, info.build, request, next_step)
-    for name, size in [(info.index_file, info.index_size), *((shard.file, shard.size) for shard in info.shards)]:
-        file = out / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise DatasetError(
-                f"{file} is missing or not {size} bytes long, although dataset.json says the dataset is finished. "
-                f"Run 'posmlp data validate {out}'; restore the file, or remove the folder to build it anew."
-            )
+    names = [info.index_file, *(shard.file for shard in info.shards)]
+    sizes = {name: (out / name).stat().st_size for name in names if (out / name).is_file()}
+    _finished(out, info, request, sizes)
     if (out / "build").is_dir():  # killed in its very last step
         shutil.rmtree(out / "build", ignore_errors=True)
     return info
 
 
+def _finished(out: Location, info: DatasetInfo, request: dict[str, object], sizes: Mapping[str, int]) -> DatasetInfo:
+    """A dataset that is there already, if it is the one that was asked for and all its files have their sizes."""
+    next_step = "Choose another data.dir; add new videos with 'posmlp data append'; or remove this folder to build it anew."
+    compare(out, info.build, request, next_step)
+    for name, size in [(info.index_file, info.index_size), *((shard.file, shard.size) for shard in info.shards)]:
+        if sizes.get(name) != size:
+            raise DatasetError(
+                f"{out}/{name} is missing or not {size} bytes long, although dataset.json says the dataset is finished. "
+                f"Run 'posmlp data validate {out}'; restore the file, or remove the folder to build it anew."
+            )
+    return info
+
+
 def _plan(
-    out: Path, videos: Path, manifest: Manifest, request: dict[str, object], encode: EncodeOptions, limits: LimitOptions, seed: int
+    out: Path,
+    videos: Location,
+    manifest: Manifest,
+    request: dict[str, object],
+    encode: EncodeOptions,
+    limits: LimitOptions,
+    upload: Upload | None,
 ) -> float:
     """Writes down what is going to be built, or reads what an earlier call did. Returns the ratio that shards are sized by."""
-    work = out / "build"
+    work, place = out / "build", upload.url if upload else out
     asked = {**request, **{f"library {name}": version for name, version in libraries().items()}, "plan_version": PLAN_VERSION}
     plan = read_plan(work)
     if plan is not None:
         built = plan["request"]
         assert isinstance(built, dict)
-        compare(out, built, asked, f"Remove {work} and {out / 'shards'}, or choose another data.dir.")
+        compare(place, built, asked, f"Remove {place}/build and {place}/shards, or choose another data.dir.")
         return float(str(plan["ratio"]))
-    strangers = sorted((out / "shards").glob("*.tar"))
+    strangers = sorted(upload.sizes()) if upload else sorted(path.name for path in (out / "shards").glob("*.tar"))
+    strangers = [name for name in strangers if name.endswith(".tar")]
     if strangers:
-        raise DatasetError(f"{out} holds {len(strangers)} shards of no known build, first {strangers[0].name}. Choose another data.dir.")
+        raise DatasetError(f"{place} holds {len(strangers)} shards of no known build, first {strangers[0]}. Choose another data.dir.")
     (out / "shards").mkdir(exist_ok=True)
-    ratio = _measure_ratio(work, videos, sample(manifest.sources, SAMPLED_VIDEOS, seed), encode, limits)
+    ratio = _measure_ratio(work, videos, sample(manifest.sources, SAMPLED_VIDEOS, int(str(request["seed"]))), encode, limits)
     write_plan(work, {"request": asked, "ratio": ratio})
+    if upload:
+        upload.plan()
     return ratio
 
 
-def _measure_ratio(folder: Path, videos: Path, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> float:
+def _measure_ratio(folder: Path, videos: Location, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> float:
     """Bytes of the canonical form per byte of source, from the beginnings of some videos; 1 when none of them tells."""
     before = after = 0.0
+    files = SourceFiles(videos)
     with MediaWorker(encode, limits) as worker, tempfile.TemporaryDirectory(dir=folder) as work:
         for source in sources:
             begin = source.start_s or 0.0
             end = min(begin + SAMPLED_S, source.end_s if source.end_s is not None else begin + SAMPLED_S)
             try:
-                report = worker.transcode(videos / source.path, Path(work) / "sample.mp4", source.start_s, end)
+                with files.local(source, limits.max_bytes) as path:
+                    report = worker.transcode(path, Path(work) / "sample.mp4", source.start_s, end)
             except RejectedError:
                 continue
             num_frames = report.source.duration_s * report.source.fps

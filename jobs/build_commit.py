@@ -61,7 +61,7 @@ def missing_rows(missing: Sequence[str]) -> list[dict[str, object]]:
 
 def read_quarantine(dataset: Dataset) -> list[dict[str, object]]:
     """The dataset's quarantine list, a dict a row."""
-    rows = pyarrow.parquet.read_table(dataset.root / dataset.info.quarantine_file).to_pylist()
+    rows = pyarrow.parquet.read_table(dataset.copied(dataset.info.quarantine_file)).to_pylist()
     return [dict(row) for row in rows]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.durable import TEMPORARY, committed
 from pipeline.errors import DatasetError, PipelineError
+from pipeline.location import Location
 
 LOCK = ".build.lock"
 
@@ -37,7 +38,7 @@ def only_builder(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(out: Path) -> Iterator[None]:
+def explained(out: Location) -> Iterator[None]:
     """Turns what an operating system says of a full or read-only disk into what to do about it."""
     try:
         yield
@@ -51,7 +52,7 @@ def explained(out: Path) -> Iterator[None]:
         raise
 
 
-def compare(out: Path, built: Mapping[str, object], asked: Mapping[str, object], next_step: str) -> None:
+def compare(out: Location, built: Mapping[str, object], asked: Mapping[str, object], next_step: str) -> None:
     """Raises DatasetError naming every value that was asked for and is another one there."""
     differences = [f"{name}: it has {built.get(name)!r}, asked for {value!r}" for name, value in asked.items() if built.get(name) != value]
     if differences:

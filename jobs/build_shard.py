@@ -1,6 +1,7 @@
 """One shard of a dataset, start to end, as a task that may die at any moment and be done again.
 
-The tar is renamed into place first, its record last: rows of the index, and of the quarantine list, in one Arrow file.
+The tar is renamed into place first, its record last: rows of the index, and of the quarantine list, in one Arrow file. Where the
+dataset is at a URL, both are made in a temporary folder and uploaded in this order.
 """
 
 import json
@@ -14,12 +15,15 @@ import pyarrow as pa
 
 from pipeline.durable import committed
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
+from pipeline.location import Location
 from pipeline.manifest import Source
 from pipeline.media import MediaReport
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
+from pipeline.remote import RemoteFolder
 from pipeline.shards import NAME, Member, ShardWriter
+from pipeline.source_files import SourceFiles
 
 READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read is read again
 
@@ -28,12 +32,13 @@ READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read 
 class ShardTask:
     """All that a task needs to make shard `number`. labels, codes: per source, its class index and its split code per split column.
 
-    work: the folder in `out` for records and unfinished videos.
+    out: a folder, or a URL. work: the folder in `out` for records and unfinished videos; with a URL the driver's alone, and the task works
+    in the system's temporary folder.
     """
 
     number: int
-    videos: Path
-    out: Path
+    videos: Location
+    out: Location
     work: Path
     sources: list[Source]
     labels: list[int]
@@ -66,18 +71,30 @@ def read_record(path: Path) -> tuple[ShardInfo, pa.Table, list[dict[str, object]
 
 def build_shard(task: ShardTask) -> int:
     """Makes one shard and, last, its record. Returns how many videos it rejected. Idempotent: doing it twice makes the same bytes."""
+    if not isinstance(task.out, str):
+        with tempfile.TemporaryDirectory(dir=task.work) as work:
+            return len(_make(task, Path(work), task.out / NAME.format(task.number), record_path(task.work, task.number)))
+    with tempfile.TemporaryDirectory(prefix="posmlp-shard-") as work:
+        tar, record = Path(work) / "shard.tar", record_path(Path(work), task.number)
+        rejects = _make(task, Path(work), tar, record)
+        remote = RemoteFolder(task.out)
+        if len(rejects) < len(task.sources):  # a shard of rejects alone is not kept
+            remote.upload(tar, NAME.format(task.number))
+        remote.upload(record, f"build/{record.name}")
+        return len(rejects)
+
+
+def _make(task: ShardTask, work: Path, tar: Path, record: Path) -> list[Reject]:
+    """Writes the tar and then the record. work: a folder for unfinished videos."""
     rows: list[dict[str, object]] = []
     rejects: list[Reject] = []
-    tar = task.out / NAME.format(task.number)
-    with (
-        MediaWorker(task.encode, task.limits) as worker,
-        tempfile.TemporaryDirectory(dir=task.work) as work,
-        ShardWriter(tar) as writer,
-    ):
-        video = Path(work) / "video.mp4"
+    files = SourceFiles(task.videos)
+    with MediaWorker(task.encode, task.limits) as worker, ShardWriter(tar) as writer:
+        video = work / "video.mp4"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                report = _transcode(worker, task.videos / source.path, video, source)
+                with files.local(source, task.limits.max_bytes) as path:
+                    report = _transcode(worker, path, video, source)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
@@ -87,9 +104,9 @@ def build_shard(task: ShardTask) -> int:
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
-    with committed(record_path(task.work, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
+    with committed(record) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
         stream.write_table(table.replace_schema_metadata(metadata))
-    return len(rejects)
+    return rejects
 
 
 def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> MediaReport:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster.tasks import run_tasks
 from jobs.build_shard import ShardTask, build_shard, record_path
 from jobs.progress import Progress
+from pipeline.location import Location
 from pipeline.manifest import Manifest, Source
 from pipeline.options import EncodeOptions, LimitOptions
 
@@ -40,8 +41,8 @@ def shard_tasks(
     classes: Sequence[str],
     splits: Mapping[str, Sequence[str]],
     *,
-    videos: Path,
-    out: Path,
+    videos: Location,
+    out: Location,
     work: Path,
     encode: EncodeOptions,
     limits: LimitOptions,
@@ -53,8 +54,8 @@ def shard_tasks(
     return [
         ShardTask(
             number=number,
-            videos=videos.absolute(),
-            out=out.absolute(),
+            videos=_absolute(videos),
+            out=_absolute(out),
             work=work.absolute(),
             sources=sources,
             labels=[labels[source.label] for source in sources],
@@ -65,6 +66,10 @@ def shard_tasks(
         )
         for number, sources in enumerate(shards, first)
     ]
+
+
+def _absolute(place: Location) -> Location:
+    return place if isinstance(place, str) else place.absolute()
 
 
 def build_shards(tasks: Sequence[ShardTask], num_cpus: int | None) -> None:

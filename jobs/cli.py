@@ -14,12 +14,31 @@ import click
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
+    from pipeline.location import Location
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help="Short for launch.launcher=...; local is without Ray.")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+
+
+class _Place(click.ParamType[object]):
+    """A folder, or the URL of one."""
+
+    name = "directory"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> "Location":
+        from pipeline.location import location
+
+        try:
+            place = location(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return place if isinstance(place, str) else Path(FOLDER.convert(place, param, ctx))
+
+
+PLACE = _Place()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -55,13 +74,13 @@ def data() -> None:
 
 
 @data.command("build")
-@click.option("--videos", type=FOLDER, required=True, help="Folder of raw videos.")
+@click.option("--videos", type=PLACE, required=True, help="Folder of raw videos, or its URL (s3://, gs://).")
 @click.option("--labels", type=FILE, help="CSV or Parquet with path,label[,split...,group,start_s,end_s]. Without it: class = subfolder.")
-@click.option("--out", type=FOLDER, required=True, help="Folder of the dataset, made if missing.")
+@click.option("--out", type=PLACE, required=True, help="Folder of the dataset, made if missing, or its URL.")
 @click.option("--dry-run", is_flag=True, help="Try some videos and say what the build would take; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: machine-readable.")
 @OVERRIDES
-def data_build(videos: Path, labels: Path | None, out: Path, dry_run: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def data_build(videos: "Location", labels: Path | None, out: "Location", dry_run: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Verify, transcode and shard a folder of videos. KEY=VALUE sets keys of the recipe's data section: encode.gop=16.
 
     The same command resumes, and tries videos again that could not be read. With --dry-run exit code 1 means: not enough disk.
@@ -85,12 +104,12 @@ def data_build(videos: Path, labels: Path | None, out: Path, dry_run: bool, as_j
 
 
 @data.command("append")
-@click.option("--videos", type=FOLDER, required=True, help="Folder of the new videos.")
+@click.option("--videos", type=PLACE, required=True, help="Folder of the new videos, or its URL.")
 @click.option("--labels", type=FILE, help="CSV or Parquet as for a build, with the dataset's split columns. Without it: class = subfolder.")
-@click.option("--out", type=FOLDER, required=True, help="Folder of the dataset that grows.")
+@click.option("--out", type=PLACE, required=True, help="Folder of the dataset that grows.")
 @click.option("--allow-missing", is_flag=True, help="Go on without files that the labels name and the folder lacks.")
 @click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True)
-def data_append(videos: Path, labels: Path | None, out: Path, allow_missing: bool, val_fraction: float) -> None:
+def data_append(videos: "Location", labels: Path | None, out: "Location", allow_missing: bool, val_fraction: float) -> None:
     """Add new videos to a dataset as new shards; what is in it stays byte for byte, classes keep their numbers.
 
     Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels name no split; a group stays in its split.
@@ -103,8 +122,8 @@ def data_append(videos: Path, labels: Path | None, out: Path, allow_missing: boo
 
 
 @data.command("validate")
-@click.argument("folder", type=FOLDER)
-def data_validate(folder: Path) -> None:
+@click.argument("folder", type=PLACE)
+def data_validate(folder: "Location") -> None:
     """Check every checksum, every tar, and the index against the bytes. Exit code 1 when anything is wrong."""
     from jobs import validate
 
@@ -116,10 +135,10 @@ def data_validate(folder: Path) -> None:
 
 
 @data.command("info")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @click.option("--html", type=FILE, help="Write the card with histograms into this one HTML page.")
-def data_info(folder: Path, as_json: bool, html: Path | None) -> None:
+def data_info(folder: "Location", as_json: bool, html: Path | None) -> None:
     """Show what a dataset holds: classes, splits, sizes, quarantine."""
     from jobs import info
 
@@ -136,9 +155,9 @@ def data_info(folder: Path, as_json: bool, html: Path | None) -> None:
 
 
 @data.command("quarantine")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def data_quarantine(folder: Path, as_json: bool) -> None:
+def data_quarantine(folder: "Location", as_json: bool) -> None:
     """List the videos that are not in a dataset, by reason, and what to do about each."""
     from jobs import quarantine_list as verb
 
@@ -149,10 +168,10 @@ def data_quarantine(folder: Path, as_json: bool) -> None:
 
 
 @data.command("diff")
-@click.argument("a", type=FOLDER)
-@click.argument("b", type=FOLDER)
+@click.argument("a", type=PLACE)
+@click.argument("b", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def data_diff(a: Path, b: Path, as_json: bool) -> None:
+def data_diff(a: "Location", b: "Location", as_json: bool) -> None:
     """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 1 when not."""
     from jobs import diff as verb
 
@@ -165,11 +184,11 @@ def data_diff(a: Path, b: Path, as_json: bool) -> None:
 
 
 @data.command("view")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=PLACE)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of 127.0.0.1.  [default: a free one]")
 @click.option("--recipe", help="Also show when this recipe's training uses an item, and what its model gets.")
 @OVERRIDES
-def data_view(folder: Path, port: int, recipe: str | None, overrides: tuple[str, ...]) -> None:
+def data_view(folder: "Location", port: int, recipe: str | None, overrides: tuple[str, ...]) -> None:
     """Browse, filter and play a dataset in the browser. Serves this machine alone, to whoever has the printed address.
 
     KEY=VALUE sets keys of the recipe. Ctrl-C ends it.

@@ -16,6 +16,7 @@ from jobs.inline_video import InlineVideo, inline_videos
 from jobs.page import sections, template
 from pipeline.durable import committed
 from pipeline.index import SPLIT_PREFIX, Dataset
+from pipeline.location import Location
 from pipeline.order import Order
 
 BINS = 24  # about so many bars
@@ -66,7 +67,7 @@ class Sample:
     video: InlineVideo
 
 
-def write_card(root: Path, out: Path) -> Path:
+def write_card(root: Location, out: Path) -> Path:
     """Writes the page, whole or not at all, and returns its path. Raises DatasetError when there is no finished dataset."""
     page = render(root).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +76,11 @@ def write_card(root: Path, out: Path) -> Path:
     return out
 
 
-def render(root: Path) -> str:
+def render(root: Location) -> str:
     """The page. Raises DatasetError when there is no finished dataset."""
     dataset = Dataset.open(root)
     info = dataset.info
-    out = quarantine_list.causes(quarantine_list.read(root))
+    out = quarantine_list.causes(quarantine_list.read(dataset))
     labels = np.bincount(dataset.column("label"), minlength=len(info.classes)).tolist()
     splits = {}
     for column, names in info.splits.items():
@@ -88,7 +89,7 @@ def render(root: Path) -> str:
         splits[column] = _shares([(name, num) for name, num in counts if num])
     seconds = _seconds(dataset)
     return template("data_card.html.j2").render(
-        name=root.resolve().name,
+        name=Path(root).resolve().name,
         info=info,
         num_items=len(dataset),
         hours=float(seconds.sum()) / 3600,

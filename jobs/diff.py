@@ -5,13 +5,13 @@ item lies, and who built it, is no difference: a reader sees the same.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
 from pipeline.index import SPLIT_PREFIX, Dataset
+from pipeline.location import Location
 
 EXAMPLES = 20  # keys that are named of each kind of difference
 BYTES = ("size", "crc32")
@@ -19,7 +19,7 @@ FRAMES = ("begin", "end", "fps", "width", "height", "codec")
 NONE = "(none)"  # an item in no split of a column
 
 
-def run(left: Path, right: Path) -> dict[str, object]:
+def run(left: Location, right: Location) -> dict[str, object]:
     """The differences as plain values, JSON-able; `equal` says whether there is none. Raises DatasetError when one cannot be opened."""
     a, b = Dataset.open(left), Dataset.open(right)
     shared = [column for column in a.info.splits if column in b.info.splits]

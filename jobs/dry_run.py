@@ -20,12 +20,14 @@ from jobs.build_tasks import splits_of
 from jobs.errors import RecipeError
 from jobs.progress import Progress
 from jobs.recipe import Recipe
+from pipeline.location import Location
 from pipeline.manifest import Manifest, Source, read_manifest
 from pipeline.media import MediaReport, check_encoder
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import RejectedError
 from pipeline.shards import MEMBER_BYTES, sample
+from pipeline.source_files import SourceFiles
 
 TRIED = 12  # videos
 TRIED_S = 4.0  # seconds of each
@@ -34,7 +36,8 @@ BUDGET_S = 30.0  # after which no further video is tried
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a build would take. hours: of video. bytes_out: of shards; free_bytes: where the dataset would be. seconds: on `cpus`.
+    """What a build would take. hours: of video. bytes_out: of shards; free_bytes: where the dataset would be,
+    None at a URL. seconds: on `cpus`.
 
     missing: paths of the label file without a file. tried, refused: sampled videos, and those of them that would be quarantined, with
     the reason. bytes_out, seconds and hours are None when no sampled video tells.
@@ -51,12 +54,12 @@ class Estimate:
     bytes_out: int | None
     seconds: float | None
     cpus: int
-    free_bytes: int
+    free_bytes: int | None
 
     @property
     def fits(self) -> bool:
         """Whether the disk has room for the shards. True when nothing is known of their size."""
-        return self.bytes_out is None or self.bytes_out <= self.free_bytes
+        return self.bytes_out is None or self.free_bytes is None or self.bytes_out <= self.free_bytes
 
 
 def run(recipe: Recipe) -> Estimate:
@@ -68,7 +71,7 @@ def run(recipe: Recipe) -> Estimate:
     manifest = read_manifest(data.videos, data.labels, allow_missing=True, val_fraction=data.val_fraction, seed=data.seed)
     sources = sample(manifest.sources, TRIED, data.seed)
     found = _try(data.videos, sources, data.encode, data.limits)
-    return _estimate(manifest, found, free_bytes=shutil.disk_usage(_existing(recipe.dataset_dir)).free)
+    return _estimate(manifest, found, free_bytes=_free_bytes(recipe.dataset_dir))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +85,9 @@ class _Trial:
     duration_s: float = 0.0
 
 
-def _try(videos: Path, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> list[_Trial]:
+def _try(videos: Location, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> list[_Trial]:
     trials: list[_Trial] = []
+    files = SourceFiles(videos)
     began = time.monotonic()
     with (
         MediaWorker(encode, limits) as worker,
@@ -93,17 +97,18 @@ def _try(videos: Path, sources: Sequence[Source], encode: EncodeOptions, limits:
         for source in sources:
             if trials and time.monotonic() - began > BUDGET_S:
                 break
-            trials.append(_try_one(worker, videos, source, Path(folder) / "video.mp4"))
+            trials.append(_try_one(worker, files, source, limits.max_bytes, Path(folder) / "video.mp4"))
             progress.advance()
     return trials
 
 
-def _try_one(worker: MediaWorker, videos: Path, source: Source, out: Path) -> _Trial:
+def _try_one(worker: MediaWorker, files: SourceFiles, source: Source, max_bytes: int, out: Path) -> _Trial:
     begin = source.start_s or 0.0
     end = min(begin + TRIED_S, source.end_s if source.end_s is not None else begin + TRIED_S)
     began = time.monotonic()
     try:
-        report = worker.transcode(videos / source.path, out, source.start_s, end)
+        with files.local(source, max_bytes) as path:
+            report = worker.transcode(path, out, source.start_s, end)
     except RejectedError as rejected:
         return _Trial(source=source, reason=f"{rejected.reason}: {rejected.detail or rejected.reason.text}")
     share = _share(report, source)
@@ -120,7 +125,7 @@ def _share(report: MediaReport, source: Source) -> float:
     return min(1.0, report.source_frames / frames) if frames > 0 else 1.0
 
 
-def _estimate(manifest: Manifest, trials: Sequence[_Trial], *, free_bytes: int) -> Estimate:
+def _estimate(manifest: Manifest, trials: Sequence[_Trial], *, free_bytes: int | None) -> Estimate:
     good = [trial for trial in trials if not trial.reason]
     cpus = len(os.sched_getaffinity(0))
     bytes_in = sum({source.path: source.size for source in manifest.sources}.values())
@@ -148,9 +153,11 @@ def _estimate(manifest: Manifest, trials: Sequence[_Trial], *, free_bytes: int) 
     )
 
 
-def _existing(path: Path) -> Path:
-    """The folder itself or the nearest one above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+def _free_bytes(place: Location) -> int | None:
+    """Of the disk of a folder that may not be there yet; None for a URL."""
+    if isinstance(place, str):
+        return None
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
 
 
 def plain(estimate: Estimate) -> dict[str, object]:
@@ -178,7 +185,8 @@ def show(estimate: Estimate) -> None:
         table.add_row("hours of video", f"{estimate.hours:.2g}")
         table.add_row("time", f"about {_time(estimate.seconds)} on this machine's {estimate.cpus} processors")
         room = "enough" if estimate.fits else "NOT ENOUGH: choose another --out or free some space"
-        table.add_row("disk", f"about {_size(estimate.bytes_out)} needed, {_size(estimate.free_bytes)} free: {room}")
+        free = "room at the URL is not known" if estimate.free_bytes is None else f"{_size(estimate.free_bytes)} free: {room}"
+        table.add_row("disk", f"about {_size(estimate.bytes_out)} needed, {free}")
     Console(soft_wrap=True).print(table)
 
 

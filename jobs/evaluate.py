@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,13 +198,14 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
 
     from cluster.engine import autocast
     from cluster.worker import agree_on, heartbeat
+    from jobs.run_log import say_slow
     from jobs.trained_model import load_trained
     from pipeline.keyed import eval_views
     from pipeline.loader import Loader
     from pipeline.requests import eval_requests
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir)
+    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
     parts = Path(str(payload["parts"]))
     numbers, store = payload["checkpoints"], checkpoints(recipe)
     assert isinstance(numbers, list)
@@ -232,6 +234,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         threads=worker.threads,
         device=worker.device,
         on_damage="report",
+        on_slow_read=partial(say_slow, worker.rank, dataset),
     ) as loader:
         for batch in loader:
             with torch.inference_mode(), precision:

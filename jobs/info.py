@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.index import SPLIT_PREFIX, Dataset
+from pipeline.location import Location
 
 
-def run(root: Path) -> dict[str, object]:
+def run(root: Location) -> dict[str, object]:
     """The card: plain values, JSON-able. Raises DatasetError when there is no finished dataset."""
     dataset = Dataset.open(root)
     info = dataset.info
@@ -28,8 +29,8 @@ def run(root: Path) -> dict[str, object]:
         "folder": str(root),
         "fingerprint": info.fingerprint,
         "items": len(dataset),
-        "quarantined": _quarantine(root / info.quarantine_file),
-        "quarantine_list": str(root / info.quarantine_file),
+        "quarantined": _quarantine(dataset.copied(info.quarantine_file)),
+        "quarantine_list": f"{root}/{info.quarantine_file}",
         "classes": dict(zip(info.classes, labels.tolist(), strict=True)),
         "splits": splits,
         "shards": len(info.shards),

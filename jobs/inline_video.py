@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline.errors import PipelineError
 from pipeline.index import Dataset, Item
 from pipeline.options import EncodeOptions
-from pipeline.reader import Reader
+from pipeline.reader import open_reader
 
 MAX_VIDEO_BYTES = 160 << 10
 MAX_PAGE_BYTES = 2 << 20  # of all videos of a page, before base64 makes 4 of 3
@@ -40,7 +40,7 @@ def inline_videos(dataset: Dataset, rows: Sequence[int], *, num: int) -> dict[in
     """Row -> video, of the first `num` of `rows` that can be read and fit."""
     found: dict[int, InlineVideo] = {}
     left = MAX_PAGE_BYTES
-    with Reader(dataset.root) as reader:
+    with open_reader(dataset) as reader:
         for row in rows:
             if len(found) == num or left < MAX_VIDEO_BYTES // 4:
                 break

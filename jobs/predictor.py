@@ -110,7 +110,7 @@ def load(run_dir: Path) -> Predictor:
 
 def _trained_on(recipe: Recipe, checkpoint: Checkpoint) -> Dataset | None:
     try:
-        dataset = Dataset.open(recipe.dataset_dir)
+        dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
     except DatasetError:
         return None
     return dataset if dataset.info.fingerprint == checkpoint.meta["dataset"] else None

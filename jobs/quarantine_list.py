@@ -1,7 +1,6 @@
 """posmlp data quarantine: what is not in a dataset, by reason, with a text for the person who has to act on it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import DatasetError
-from pipeline.index import read_info
+from pipeline.index import Dataset
+from pipeline.location import Location
 from pipeline.quarantine import Reason
 
 COLUMNS = ("path", "label", "reason", "explanation", "detail", "start_s", "end_s")
@@ -25,9 +25,9 @@ class Cause:
     text: str
 
 
-def read(root: Path) -> pa.Table:
-    """The rows of `root`'s quarantine list, the columns COLUMNS. Raises DatasetError when there is no dataset or the list is damaged."""
-    path = root / read_info(root).quarantine_file
+def read(dataset: Dataset) -> pa.Table:
+    """The rows of the dataset's quarantine list, the columns COLUMNS. Raises DatasetError when the list is missing or damaged."""
+    path, root = dataset.copied(dataset.info.quarantine_file), dataset.where
     if not path.is_file():
         raise DatasetError(f"{path} is missing. Run 'posmlp data validate {root}', then build it again.")
     try:
@@ -55,17 +55,17 @@ def _text(reason: str, stored: dict[str, str]) -> str:
     return known.get(reason) or stored.get(reason) or "a reason that this version does not know"
 
 
-def run(root: Path) -> dict[str, object]:
+def run(root: Location) -> dict[str, object]:
     """Counts, then every video: plain values, JSON-able. Raises DatasetError."""
-    table = read(root)
+    table = read(Dataset.open(root))
     counted = [{"reason": cause.reason, "num": cause.num, "text": cause.text} for cause in causes(table)]
     videos = table.select(["path", "label", "reason", "detail", "start_s", "end_s"]).to_pylist()
     return {"folder": str(root), "num": table.num_rows, "reasons": counted, "videos": videos}
 
 
-def show(root: Path) -> None:
+def show(root: Location) -> None:
     """Prints the same for people: the reasons, then the videos of each. Raises DatasetError."""
-    table = read(root)
+    table = read(Dataset.open(root))
     console = Console()
     console.print(f"{root}: {table.num_rows} videos are not in the dataset", markup=False, highlight=False)
     if not table.num_rows:

@@ -21,10 +21,12 @@ from cluster.options import CheckpointOptions, EngineOptions, LaunchOptions, Opt
 from jobs.deadline import seconds
 from jobs.errors import RecipeError
 from model.presets import ModelConfig
+from pipeline.location import Location, location
 from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOptions, LoaderOptions
 
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
+Place = Annotated[Path | str, pydantic.BeforeValidator(lambda value: location(value) if isinstance(value, str) else value)]
 
 
 class Section(pydantic.BaseModel):
@@ -43,17 +45,17 @@ class RunSection(Section):
 class DataSection(Section):
     """Raw videos, the dataset built from them, and which of its splits are trained on and reported.
 
-    videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
-    dir: the built dataset; None: the folder `dataset` in the run folder.
+    videos: folder of raw videos, here or at a URL (s3://bucket/folder). labels: CSV or Parquet with path,label; None: class = subfolder.
+    dir: the built dataset, a folder or a URL; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
     shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
     """
 
-    videos: Path | None = None
+    videos: Place | None = None
     labels: Path | None = None
-    dir: Path | None = None
+    dir: Place | None = None
     split_column: str = "split"
     train_split: str = "train"
     val_split: str = "val"
@@ -163,7 +165,7 @@ class Recipe(Section):
         return self.run.dir
 
     @property
-    def dataset_dir(self) -> Path:
+    def dataset_dir(self) -> Location:
         return self.data.dir if self.data.dir is not None else self.run_dir / "dataset"
 
     def network(self, num_classes: int) -> ModelConfig:
@@ -239,7 +241,8 @@ def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None 
 
 
 def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe:
-    data = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "labels", "dir")}
+    places = {name: getattr(recipe.data, name) for name in ("videos", "labels", "dir")}
+    data = {name: place if isinstance(place, str) else _absolute(place) for name, place in places.items()}
     run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
     train = recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)})
     return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data), "train": train})

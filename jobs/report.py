@@ -20,6 +20,7 @@ from jobs.run_folder import write_text
 from jobs.stops import Stop, stops
 from pipeline.errors import PipelineError
 from pipeline.index import Dataset
+from pipeline.location import Location, location
 
 NUM_VIDEOS = 12  # that play on a page
 MAX_MATRIX = 40  # classes; above, the most confused pairs say more than a matrix
@@ -153,7 +154,7 @@ def rows_of(dataset: Dataset, recipe: Mapping[str, object], evaluation: Evaluati
     return rows if len(rows) == len(evaluation.videos) else None
 
 
-def _cards(root: Path, recipe: Mapping[str, object], evaluation: Evaluation, num: int) -> list[Card]:
+def _cards(root: Location, recipe: Mapping[str, object], evaluation: Evaluation, num: int) -> list[Card]:
     """The surest mistakes first, then what is right by the narrowest margin."""
     dataset = Dataset.open(root)
     rows = rows_of(dataset, recipe, evaluation)
@@ -185,14 +186,14 @@ def _others(run_dir: Path, file: str, notes: list[str]) -> list[tuple[str, Evalu
     return [(name, evaluation) for name, evaluation in found if evaluation is not None]
 
 
-def dataset_folder(run_dir: Path, recipe: Mapping[str, object]) -> Path:
+def dataset_folder(run_dir: Path, recipe: Mapping[str, object]) -> Location:
     """Where the recipe says that the dataset is."""
     data = recipe.get("data")
     stated = data.get("dir") if isinstance(data, dict) else None
-    return Path(str(stated)) if stated else run_dir / "dataset"
+    return location(str(stated)) if stated else run_dir / "dataset"
 
 
-def _dataset(root: Path, notes: list[str]) -> dict[str, object]:
+def _dataset(root: Location, notes: list[str]) -> dict[str, object]:
     try:
         return info.run(root)
     except (PipelineError, OSError, ValueError, TypeError, KeyError) as error:  # a damaged dataset must not hide the run

@@ -131,22 +131,24 @@ def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 
 def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
-    dataset = Dataset.open(recipe.dataset_dir)
+    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
     with (dataset.root / dataset.info.index_file).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != dataset.info.index_sha256:
+        if dataset.origin is not None:  # what is in the cache is only a copy: the next look fetches and checks it
+            dataset.origin.cache.drop(dataset.info.index_file)
         raise DatasetError(
             f"{dataset.root / dataset.info.index_file} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
-            f"{dataset.info.index_sha256[:16]}…. Run 'posmlp data validate {dataset.root}', then build it again."
+            f"{dataset.info.index_sha256[:16]}…. Run 'posmlp data validate {dataset.where}', then build it again."
         )
+    sizes = dataset.sizes()
     for shard in dataset.info.shards:
-        path = dataset.root / shard.file
-        size = path.stat().st_size if path.is_file() else -1
+        size = sizes.get(shard.file)
         if size != shard.size:
-            got = "is missing" if size < 0 else f"is {size} bytes long, expected {shard.size}"
-            raise DatasetError(f"{path} {got}. Run 'posmlp data validate {dataset.root}', then build it again.")
+            got = "is missing" if size is None else f"is {size} bytes long, expected {shard.size}"
+            raise DatasetError(f"{dataset.where}/{shard.file} {got}. Run 'posmlp data validate {dataset.where}', then build it again.")
     if len(dataset.rows(recipe.data.split_column, split)) == 0:
-        raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
+        raise DatasetError(f"{dataset.where}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
     return dataset
 
 
@@ -161,12 +163,12 @@ def check_classes(recipe: Recipe, dataset: Dataset) -> None:
     counts = {split: np.bincount(values, minlength=len(dataset.info.classes)) for split, values in found.items()}
     if not counts[val].any():
         raise DatasetError(
-            f"{dataset.root}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."
+            f"{dataset.where}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."
         )
     lacking = [f"'{name}' ({counts[val][label]} in '{val}')" for label, name in enumerate(dataset.info.classes) if not counts[train][label]]
     if lacking:
         raise DatasetError(
-            f"{dataset.root}: {len(lacking)} of {len(dataset.info.classes)} classes have no video in '{train}' of '{column}': "
+            f"{dataset.where}: {len(lacking)} of {len(dataset.info.classes)} classes have no video in '{train}' of '{column}': "
             f"{', '.join(lacking[:SHOWN])}. Nothing can be learned of them: give '{train}' some of their videos, or leave these classes "
             "out of the labels. 'posmlp data info' shows which videos were quarantined."
         )

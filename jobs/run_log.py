@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import click
+
 from cluster.metrics import MetricsWriter, read_metrics
 from cluster.topology import Worker
 from jobs.beside import beside
@@ -18,6 +20,7 @@ from jobs.recipe import Recipe
 
 if TYPE_CHECKING:
     from cluster.engine import StepResult
+    from pipeline.index import Dataset, Item
     from pipeline.loader import Batch
 
 POLL_S = 0.5  # how often the driver looks for new metrics to show
@@ -93,6 +96,12 @@ class RankLog:
         for writer in (self._metrics, self._damage, self._trace):
             if writer is not None:
                 writer.close()
+
+
+def say_slow(rank: int, dataset: "Dataset", item: "Item", seconds: float) -> None:
+    """On standard error, which is in the run's logs: who waits for what."""
+    where = f"video '{item.key}', byte {item.offset} of {dataset.where}/{item.shard_file}"
+    click.echo(f"rank {rank} has waited {seconds:.0f} s for {where}", err=True)
 
 
 def damage_before(run_dir: Path, position: int) -> set[int]:

@@ -138,7 +138,7 @@ def _total(recipe: Recipe) -> int | None:
     if recipe.train.steps is not None:
         return recipe.train.steps
     try:
-        dataset = Dataset.open(recipe.dataset_dir)
+        dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
         return total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
     except (PipelineError, OSError):  # it was moved or removed since
         return None

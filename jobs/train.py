@@ -25,7 +25,7 @@ from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
 from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
-from jobs.run_log import RankLog, damage_before, follow
+from jobs.run_log import RankLog, damage_before, follow, say_slow
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
 
@@ -97,7 +97,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir)
+    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
     rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
     steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)
@@ -124,6 +124,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         device=worker.device,
         on_damage="substitute",
         counted=_counted(recipe, worker, start),
+        on_slow_read=partial(say_slow, worker.rank, dataset),
     ) as loader:
         batches = log.watch(loader)
         for step in range(start, steps):

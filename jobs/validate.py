@@ -1,8 +1,12 @@
-"""posmlp data validate: every checksum, every tar member, and the index against the bytes. Reads everything, changes nothing."""
+"""posmlp data validate: every checksum, every tar member, and the index against the bytes. Reads everything, changes nothing.
+
+Of a dataset at a URL each shard is copied to a temporary file, some at a time.
+"""
 
 import hashlib
 import json
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +18,9 @@ import numpy as np
 
 from jobs.progress import Progress
 from pipeline.errors import DatasetError
-from pipeline.index import SPLIT_PREFIX, Dataset, Item, ShardInfo, index_schema, read_info
+from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, Item, ShardInfo, index_schema, read_info
+from pipeline.location import Location
+from pipeline.remote import RemoteFolder
 
 THREADS = 4
 BLOCK_BYTES = 4 << 20
@@ -38,13 +44,14 @@ class Problem:
         return f"{where}: {self.what}: got {self.got}, expected {self.expected}"
 
 
-def run(root: Path) -> list[Problem]:
+def run(root: Location) -> list[Problem]:
     """All problems of a dataset, in the order of its files. Raises DatasetError when there is no dataset.json to compare with."""
     info = read_info(root)
+    store = RemoteFolder(root) if isinstance(root, str) else root
     try:
         dataset = Dataset.open(root)
     except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
-        dataset = Dataset(root, info, index_schema(list(info.splits)).empty_table())
+        dataset = Dataset(Path(root), info, index_schema(list(info.splits)).empty_table())
         problems = [_problem(info.index_file, "", "index", "as built", str(error))]
     else:
         problems = _of_index(dataset)
@@ -54,16 +61,16 @@ def run(root: Path) -> list[Problem]:
         ThreadPoolExecutor(THREADS) as pool,
     ):
         numbers = range(len(shards))
-        for shard, found in zip(shards, pool.map(lambda number: list(_of_shard(dataset, number)), numbers), strict=True):
+        for shard, found in zip(shards, pool.map(lambda number: list(_of_shard(dataset, store, number)), numbers), strict=True):
             problems += found
             progress.advance(shard.size >> 20, shard.file)
-    return problems + _strangers(dataset)
+    return problems + _strangers(info, store)
 
 
 def _of_index(dataset: Dataset) -> list[Problem]:
     problems = []
     index = dataset.info.index_file
-    with (dataset.root / index).open("rb") as file:
+    with dataset.copied(index).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != dataset.info.index_sha256:
         problems.append(_problem(index, "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
@@ -90,9 +97,20 @@ def _of_index(dataset: Dataset) -> list[Problem]:
     return problems
 
 
-def _of_shard(dataset: Dataset, number: int) -> Iterator[Problem]:
+def _of_shard(dataset: Dataset, store: Path | RemoteFolder, number: int) -> Iterator[Problem]:
+    file = dataset.info.shards[number].file
+    if isinstance(store, Path):
+        yield from _of_file(dataset, number, store / file)
+        return
+    with tempfile.TemporaryDirectory(prefix="posmlp-validate-") as folder:
+        path, size = Path(folder) / "shard.tar", store.size(file)
+        if size is not None:
+            store.fetch(file, path, size)
+        yield from _of_file(dataset, number, path)
+
+
+def _of_file(dataset: Dataset, number: int, path: Path) -> Iterator[Problem]:
     shard = dataset.info.shards[number]
-    path = dataset.root / shard.file
     if not path.is_file():
         yield _problem(shard.file, "", "file", f"{shard.size} bytes", "no such file")
         return
@@ -167,10 +185,13 @@ def _crc32(file: BinaryIO, offset: int, size: int) -> int:
     return value
 
 
-def _strangers(dataset: Dataset) -> list[Problem]:
+def _strangers(info: DatasetInfo, store: Path | RemoteFolder) -> list[Problem]:
     """Tars that no row of the index points at."""
-    known = {shard.file for shard in dataset.info.shards}
-    found = sorted(path.relative_to(dataset.root).as_posix() for path in (dataset.root / "shards").glob("*.tar"))
+    known = {shard.file for shard in info.shards}
+    if isinstance(store, Path):
+        found = sorted(path.relative_to(store).as_posix() for path in (store / "shards").glob("*.tar"))
+    else:
+        found = sorted(name for name in store.sizes("shards") if name.endswith(".tar"))
     return [_problem(file, "", "shard", "listed in dataset.json", "not listed") for file in found if file not in known]
 
 

@@ -13,16 +13,17 @@ from jobs.view_http import Server
 from jobs.view_items import Items
 from jobs.view_pages import DatasetPages
 from jobs.view_tensor import Training
+from pipeline.location import Location
 
 
-def run(root: Path, *, port: int, recipe: Recipe | None) -> None:
+def run(root: Location, *, port: int, recipe: Recipe | None) -> None:
     """Serves until Ctrl-C. port: 0 takes a free one. recipe: of the training whose order and tensors are shown.
 
     Raises DatasetError when there is no dataset or it does not have the recipe's split, JobError when the port is taken.
     """
     items = Items(root)
     try:
-        pages = DatasetPages(items, None if recipe is None else Training(recipe, items.dataset), root.resolve().name)
+        pages = DatasetPages(items, None if recipe is None else Training(recipe, items.dataset), Path(root).resolve().name)
         with _listen(port, pages) as server:
             try:
                 click.echo(f"{root}: {len(items)} items. Open this address; Ctrl-C ends it.\n{server.url}")

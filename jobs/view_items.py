@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,7 +17,8 @@ import pyarrow.compute as pc
 from jobs import quarantine_list
 from pipeline.errors import SampleError
 from pipeline.index import SPLIT_PREFIX, Dataset
-from pipeline.reader import Reader
+from pipeline.location import Location
+from pipeline.reader import open_reader
 
 PAGE = 24  # items of a page
 BLOCK = 1 << 20  # rows that a text search looks at in one go
@@ -88,14 +88,14 @@ class Cache(Generic[Value]):
 class Items:
     """The viewer's access to one dataset, for any number of threads. Close it when done."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Location) -> None:
         self.dataset = Dataset.open(root)
         self.info = self.dataset.info
-        self._table = pa.ipc.open_file(pa.memory_map(str(root / self.info.index_file))).read_all()
-        self._reader = Reader(root)
+        self._table = pa.ipc.open_file(pa.memory_map(str(self.dataset.root / self.info.index_file))).read_all()
+        self._reader = open_reader(self.dataset)
         self._found: Cache[npt.NDArray[np.uint32]] = Cache(CACHED_FILTERS, lambda _: 1)
         self._videos: Cache[bytes] = Cache(CACHED_BYTES, len)
-        self.quarantined = quarantine_list.read(root)
+        self.quarantined = quarantine_list.read(self.dataset)
         self.causes = quarantine_list.causes(self.quarantined)
 
     def __len__(self) -> int:

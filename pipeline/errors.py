@@ -6,6 +6,7 @@ PipelineError
 ├── SampleError        one item's bytes cannot be read, checked or decoded
 │   ├── ChecksumError      the bytes are not the bytes that were built
 │   └── DecodeError        the bytes do not decode to the frames that the index promises
+├── StorageError       an object store cannot be reached, or refuses
 └── BudgetError        more damaged samples than the run allows
 """
 
@@ -20,6 +21,10 @@ class ManifestError(PipelineError):
 
 class DatasetError(PipelineError):
     """A built dataset is missing, incomplete, altered or of another version."""
+
+
+class StorageError(PipelineError):
+    """An object store failed for longer than is tried again, or refuses. Says nothing about the data: the same command goes on."""
 
 
 class SampleError(PipelineError):

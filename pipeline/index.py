@@ -5,6 +5,8 @@ A dataset that was appended to has another index, `index-000001.arrow`, so that 
 An item is what a training position points at: a video, a time window of one, later a keyframe. Rows name the shard, the
 byte range of the video member and its CRC-32, so that a reader needs no tar library and no shard header. Columns are plain
 (no dictionaries, no nesting), the file uncompressed: all ranks of a node share one copy in the page cache.
+
+Of a dataset at a URL both files are copied to this machine's cache, the index once for all its processes, and mapped from there.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,12 @@ import pyarrow as pa
 
 from pipeline.durable import committed
 from pipeline.errors import DatasetError
+from pipeline.location import Location
+from pipeline.options import RemoteOptions
+
+if TYPE_CHECKING:
+    from pipeline.cache import CacheFolder
+    from pipeline.remote import RemoteFolder
 
 FORMAT_VERSION = 1
 SPLIT_PREFIX = "split:"  # a column per split column of the label file, int8 codes into DatasetInfo.splits
@@ -142,30 +150,85 @@ class Item:
         return self.end - self.begin
 
 
-class Dataset:
-    """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a dataset at a URL comes from, and what this machine keeps of it."""
 
-    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table) -> None:
+    folder: "RemoteFolder"
+    cache: "CacheFolder"
+
+
+class Dataset:
+    """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views.
+
+    root: the folder with dataset.json and the index; of a dataset at a URL the one in this machine's cache, without shards. origin: None
+    for a local one.
+    """
+
+    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table, origin: Origin | None = None) -> None:
         self.root = root
         self.info = info
+        self.origin = origin
         self._table = table
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str]) -> Self:
-        """Raises DatasetError when `root` holds no finished dataset or its index does not fit its dataset.json."""
-        root = Path(root)
+    def open(cls, place: Location | os.PathLike[str], options: RemoteOptions | None = None) -> Self:
+        """Raises DatasetError when `place` holds no finished dataset or its index does not fit its dataset.json; StorageError.
+
+        place: a folder, or the URL of one as `location` gives it. options: for a URL.
+        """
+        if isinstance(place, str) and "://" in place:
+            return cls._open_remote(place, options or RemoteOptions())
+        root = Path(place)
         info = read_info(root)
-        path = root / info.index_file
-        if not path.is_file() or path.stat().st_size != info.index_size:
-            raise DatasetError(f"{path} is missing or not {info.index_size} bytes long. Run 'posmlp data validate {root}'.")
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except pa.ArrowInvalid as error:
-            raise DatasetError(f"{path} is damaged ({error}). Run 'posmlp data validate {root}'.") from None
-        expected = [column.name for column in index_schema(list(info.splits))]
-        if table.column_names != expected or table.num_rows != info.num_items:
-            raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
-        return cls(root, info, table)
+        return cls(root, info, _mapped(root / info.index_file, info, root))
+
+    @classmethod
+    def _open_remote(cls, url: str, options: RemoteOptions) -> Self:
+        from pipeline.cache import CacheFolder
+        from pipeline.remote import RemoteFolder
+
+        folder = RemoteFolder(url, options)
+        text, info = _read_manifest(folder)
+        name = hashlib.sha256(text).hexdigest()[:32]  # what is in dataset.json decides what is in all other files
+        cache = CacheFolder.open(Path(options.cache_dir).expanduser(), name, int(options.cache_gib * 2**30))
+
+        def fetch(path: Path) -> None:
+            for _ in range(2):
+                try:
+                    folder.fetch(info.index_file, path, info.index_size)
+                except FileNotFoundError:
+                    raise DatasetError(f"{url}/{info.index_file} is missing. Run 'posmlp data validate {url}'.") from None
+                if _sha256(path) == info.index_sha256:
+                    return
+                path.unlink()
+            raise DatasetError(f"{url}/{info.index_file} is not the index of its dataset.json. Run 'posmlp data validate {url}'.")
+
+        index = cache.once(
+            info.index_file, info.index_size, fetch, sound=lambda path: path.is_file() and path.stat().st_size == info.index_size
+        )
+        return cls(cache.path, info, _mapped(index, info, url), Origin(folder=folder, cache=cache))
+
+    @property
+    def where(self) -> Location:
+        """Where the dataset lies, for people and commands: a folder or a URL."""
+        return self.origin.folder.url if self.origin else self.root
+
+    def copied(self, file: str) -> Path:
+        """The newest state of a small file of the dataset, on this machine; it does not exist when the dataset has none."""
+        path = self.root / file
+        if self.origin is not None:
+            path.unlink(missing_ok=True)
+            size = self.origin.folder.size(file)
+            if size is not None:
+                self.origin.folder.fetch(file, path, size)
+        return path
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> size in bytes of the shards that are there, whether listed in dataset.json or not."""
+        if self.origin is not None:
+            return self.origin.folder.sizes("shards")
+        return {path.relative_to(self.root).as_posix(): path.stat().st_size for path in (self.root / "shards").glob("*.tar")}
 
     @property
     def table(self) -> pa.Table:
@@ -198,11 +261,11 @@ class Dataset:
         names = self.info.splits.get(split_column)
         if names is None:
             raise DatasetError(
-                f"{self.root} has no split column '{split_column}'; it has {sorted(self.info.splits)}. Set data.split_column."
+                f"{self.where} has no split column '{split_column}'; it has {sorted(self.info.splits)}. Set data.split_column."
             )
         if split not in names:
             raise DatasetError(
-                f"{self.root}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split."
+                f"{self.where}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split."
             )
         codes = self.column(SPLIT_PREFIX + split_column)
         return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
@@ -213,13 +276,55 @@ def _generation_name(name: str, generation: int) -> str:
     return f"{stem}-{generation:06d}.{suffix}" if generation else name
 
 
-def read_info(root: Path) -> DatasetInfo:
-    """`dataset.json` of the dataset in `root`. Raises DatasetError when there is none, or it cannot be read."""
-    manifest = root / "dataset.json"
+def _mapped(path: Path, info: DatasetInfo, where: Location) -> pa.Table:
+    """The index, which must be as dataset.json says."""
+    if not path.is_file() or path.stat().st_size != info.index_size:
+        raise DatasetError(f"{path} is missing or not {info.index_size} bytes long. Run 'posmlp data validate {where}'.")
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid as error:
+        raise DatasetError(f"{path} is damaged ({error}). Run 'posmlp data validate {where}'.") from None
+    expected = [column.name for column in index_schema(list(info.splits))]
+    if table.column_names != expected or table.num_rows != info.num_items:
+        raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
+    return table
+
+
+def read_info(place: Location) -> DatasetInfo:
+    """`dataset.json` of the dataset in `place`. Raises DatasetError when there is none, or it cannot be read; StorageError."""
+    if isinstance(place, str):
+        from pipeline.remote import RemoteFolder
+
+        return _read_manifest(RemoteFolder(place))[1]
+    manifest = place / "dataset.json"
     if not manifest.is_file():
-        state = "an unfinished build: run the build command again to finish it" if (root / "build").is_dir() else "no dataset"
-        raise DatasetError(f"{root} holds {state} (there is no dataset.json in it).")
+        state = "an unfinished build: run the build command again to finish it" if (place / "build").is_dir() else "no dataset"
+        raise DatasetError(f"{place} holds {state} (there is no dataset.json in it).")
     return DatasetInfo.from_json(manifest.read_text(encoding="utf-8"), str(manifest))
+
+
+def _read_manifest(folder: "RemoteFolder") -> tuple[bytes, DatasetInfo]:
+    """`dataset.json` as it is and as it reads; once more where what came is no such file, since there is no checksum of it."""
+    where = f"{folder.url}/dataset.json"
+    try:
+        text = folder.read_all("dataset.json")
+        again = False
+        try:
+            info = DatasetInfo.from_json(text.decode(errors="replace"), where)
+            again = info.with_fingerprint().fingerprint != info.fingerprint
+        except DatasetError:
+            again = True
+        if again:
+            text = folder.read_all("dataset.json")
+            info = DatasetInfo.from_json(text.decode(errors="replace"), where)
+        return text, info
+    except FileNotFoundError:
+        raise DatasetError(f"{folder.url} holds no finished dataset (there is no dataset.json in it).") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_schema(split_columns: list[str]) -> pa.Schema:
@@ -235,5 +340,4 @@ def write_index(path: Path, tables: Iterable[pa.Table]) -> tuple[str, int]:
     whole = pa.concat_tables(tables).combine_chunks()
     with committed(path) as file, pa.ipc.new_file(file, whole.schema.remove_metadata()) as writer:
         writer.write_table(whole.replace_schema_metadata(None))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+    return _sha256(path), path.stat().st_size

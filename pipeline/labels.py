@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.errors import ManifestError
+from pipeline.location import Location
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv", ".3gp", ".ogv", ".ivf", ".mxf"}
@@ -28,16 +29,30 @@ class Row:
 def rows_of_folder(videos: Path) -> list[Row]:
     """Every video below `videos`, its class the subfolder, below train/ and val/ where these are the top folders. Raises ManifestError."""
     paths = sorted(_walk(videos))
+    _refuse_empty(videos, paths, _by_split(paths))
+    return _rows(videos, paths)
+
+
+def rows_of_paths(url: str, paths: Sequence[str]) -> list[Row]:
+    """The same of what a store lists below `url`."""
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.split("/")))
+    return _rows(url, sorted(path for path in shown if os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES))
+
+
+def _by_split(paths: Sequence[str]) -> bool:
     tops = {path.partition("/")[0] for path in paths}
-    by_split = bool(tops) and tops <= SPLIT_FOLDERS.keys()
-    _refuse_empty(videos, paths, by_split)
+    return bool(tops) and tops <= SPLIT_FOLDERS.keys()
+
+
+def _rows(videos: Location, paths: Sequence[str]) -> list[Row]:
+    by_split = _by_split(paths)
     rows = []
     for path in paths:
         parts = path.split("/")
         label = parts[min(1 if by_split else 0, len(parts) - 1)]
         if len(parts) < (3 if by_split else 2):
             raise ManifestError(
-                f"{videos / path} lies in no class folder. Move each video into a subfolder named after its class, or give a label file."
+                f"{videos}/{path} lies in no class folder. Move each video into a subfolder named after its class, or give a label file."
             )
         values = {"path": path, "label": label, **({"split": SPLIT_FOLDERS[parts[0]]} if by_split else {})}
         rows.append(Row(f"{videos}/{path}", values))

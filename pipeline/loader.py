@@ -1,14 +1,15 @@
 """Requests in, batches out: reads and checks bytes, decodes, augments, and hands over batches in the order they were asked for.
 
 A pool of threads reads and decodes samples (both release the interpreter lock); one more thread keeps micro-batches in flight, runs
-the graph and queues what is finished. How much is in flight is bounded in bytes. Nothing here decides what is loaded: threads,
-prefetch and world size change when a batch is ready, never what is in it.
+the graph and queues what is finished. From an object store another pool reads ahead, so that decoding never waits for an answer. How
+much is in flight is bounded in bytes. Nothing here decides what is loaded: threads, prefetch and world size change when a batch is
+ready, never what is in it.
 """
 
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,8 +29,9 @@ from pipeline.index import Dataset, Item
 from pipeline.keyed import ClipParameters
 from pipeline.options import AugmentOptions, ClipOptions, LoaderOptions
 from pipeline.prefetch import Buffers, Room
-from pipeline.reader import Reader
+from pipeline.reader import open_reader
 from pipeline.requests import MicroBatchRequest, Planner
+from pipeline.watchdog import Watchdog
 
 SUBSTITUTES = 8  # draws before a position is given up
 BUDGET_FLOOR = 1000  # samples over which the share of damaged ones is measured at least
@@ -86,7 +88,9 @@ class _Sample:
     errors: tuple[SampleError, ...] = ()
 
 
-_InFlight: TypeAlias = tuple[MicroBatchRequest, list[Future[_Sample]], int]
+# A sample that is read from a store is read in a pool of its own, whose result is the future of its decoding.
+_Pending: TypeAlias = Future[_Sample] | Future[Future[_Sample]]
+_InFlight: TypeAlias = tuple[MicroBatchRequest, Sequence[_Pending], int]
 
 
 def choose_decoder(decode: Literal["auto", "nvdec", "cpu"], device: str) -> Decoder:
@@ -110,6 +114,7 @@ class Loader:
     request's pool, drawn by (seed, position, attempt), and raises BudgetError past the budget; "report" (evaluation) leaves zeros in
     its place. decoder: instead of what `options.decode` says; "dali" without a GPU decodes VP8, VP9 and MJPEG only.
     counted: samples, and damaged ones among them, that count towards the budget from before the first request (a resumed run).
+    on_slow_read: hears of reads that take longer than `options.slow_read_s`, while they do: the item and the seconds so far.
     Iterating raises what reading and decoding raise, PipelineError when the device has no decoder that was asked for.
     """
 
@@ -127,18 +132,24 @@ class Loader:
         on_damage: Literal["substitute", "report"],
         decoder: Decoder | None = None,
         counted: tuple[int, int] = (0, 0),
+        on_slow_read: Callable[[Item, float], None] | None = None,
     ) -> None:
         self._dataset, self._requests = dataset, requests
         self._clip, self._augment, self._options = clip, augment, options
         self._substitute, self._device = on_damage == "substitute", torch.device(device)
         self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
         self._planner, self._swapped = Planner(dataset, clip, augment), swapped_labels(dataset.info.classes, augment.flip_labels)
-        self._reader, self._buffers = Reader(dataset.root), Buffers()
+        self._reader, self._buffers = open_reader(dataset), Buffers()
         num_threads = options.threads or threads
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
         self._graph = Graph(batch=micro_batch, augment=augment, decode=self._encoded, device_id=self._device_id, threads=num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._ahead = 2 + 4 * num_threads // micro_batch  # micro-batches that keep all threads busy while one is augmented
+        self._fetching: ThreadPoolExecutor | None = None
+        if dataset.origin is not None:
+            self._fetching = ThreadPoolExecutor(options.remote.requests, thread_name_prefix="fetch")
+            self._ahead = max(self._ahead, 2 + options.remote.requests // micro_batch)
+        self._watchdog = Watchdog(options.slow_read_s if on_slow_read else 0.0, on_slow_read or (lambda item, seconds: None))
         self._room = Room(options.prefetch_mib << 20)
         self._ready: queue.SimpleQueue[tuple[Batch, int] | BaseException | None] = queue.SimpleQueue()
         self._producer: threading.Thread | None = None
@@ -181,8 +192,8 @@ class Loader:
         except BaseException as error:
             self._ready.put(error)
 
-    def _finish(self, request: MicroBatchRequest, futures: list[Future[_Sample]], cost: int) -> None:
-        self._ready.put((self._assemble(request, [future.result() for future in futures]), cost))
+    def _finish(self, request: MicroBatchRequest, pending: Sequence[_Pending], cost: int) -> None:
+        self._ready.put((self._assemble(request, [_result(one) for one in pending]), cost))
 
     def _cost(self, request: MicroBatchRequest) -> int:
         """Bytes of the request's decoded frames and of the clips made of them."""
@@ -190,37 +201,67 @@ class Loader:
         width, height = (self._dataset.column(name)[rows].astype(np.int64) for name in ("width", "height"))
         return 3 * self._clip.num_frames * (int((width * height).sum()) + 4 * len(request.rows) * self._augment.size**2)
 
-    def _submit(self, request: MicroBatchRequest) -> list[Future[_Sample]]:
+    def _submit(self, request: MicroBatchRequest) -> Sequence[_Pending]:
         if self._substitute and request.pool is None:
             raise ValueError("requests without a pool: got on_damage='substitute', expected 'report'")
         views = request.views
         rows, positions, valid = (array[::views].tolist() for array in (request.rows, request.positions, request.valid))
         parameters = (request.parameters[i : i + views] for i in range(0, len(request.parameters), views))
         slots = zip(rows, positions, parameters, valid, strict=True)
+        if self._fetching is not None:
+            return [self._fetching.submit(self._fetch, request, *slot) for slot in slots]
         return [self._pool.submit(self._load, request, *slot) for slot in slots]
 
-    # In the pool
+    # In the pools
 
-    def _load(self, request: MicroBatchRequest, row: int, position: int, parameters: Sequence[ClipParameters], valid: bool) -> _Sample:
+    def _fetch(
+        self, request: MicroBatchRequest, row: int, position: int, parameters: Sequence[ClipParameters], valid: bool
+    ) -> Future[_Sample]:
+        data: bytes | SampleError | None = None
+        try:
+            data = self._read(self._dataset.item(row)) if valid else None
+        except SampleError as error:
+            data = error
+        return self._pool.submit(self._load, request, row, position, parameters, valid, data)
+
+    def _read(self, item: Item) -> bytes:
+        self._watchdog.begin(item)
+        try:
+            return self._reader.read(item)
+        finally:
+            self._watchdog.end()
+
+    def _load(
+        self,
+        request: MicroBatchRequest,
+        row: int,
+        position: int,
+        parameters: Sequence[ClipParameters],
+        valid: bool,
+        data: bytes | SampleError | None = None,
+    ) -> _Sample:
+        """data: the item's bytes, or why there are none, where they were read already."""
         item = self._dataset.item(row)
         sample = _Sample(item=item, position=position, parameters=parameters, data=None)
         if not valid:  # only fills up: loaded and judged where it is valid
             return sample
         try:
-            return self._with_data(sample)
+            if isinstance(data, SampleError):
+                raise data
+            return self._with_data(sample, data)
         except SampleError as error:
             return self._replaced(request, sample, error)
         except BaseException as error:
             error.add_note(f"while loading video '{item.key}' in {item.shard_file}")
             raise
 
-    def _with_data(self, sample: _Sample) -> _Sample:
-        """The same with its encoded bytes, or its wanted frames."""
+    def _with_data(self, sample: _Sample, data: bytes | None = None) -> _Sample:
+        """The same with its encoded bytes, or its wanted frames. data: the bytes, where they were read already."""
         item = sample.item
         if self._encoded and self._device_id is None and item.codec not in CPU_CODECS:
             expected = f"one of {sorted(CPU_CODECS)}, which DALI decodes without a GPU, or decoder='pyav'"
             raise PipelineError(f"video '{item.key}' in {item.shard_file}: got codec {item.codec}, expected {expected}")
-        data = self._reader.read(item)
+        data = self._read(item) if data is None else data
         if self._encoded:
             frames = np.frombuffer(data, dtype=np.uint8)
         else:
@@ -250,7 +291,7 @@ class Loader:
                 errors = (*errors, another)
         raise BudgetError(
             f"The sample at position {position} is damaged ({errors[0]}), and so are {SUBSTITUTES} others drawn to replace it. "
-            f"Run 'posmlp data validate {self._dataset.root}'."
+            f"Run 'posmlp data validate {self._dataset.where}'."
         )
 
     # In the producer
@@ -336,24 +377,33 @@ class Loader:
         if self._substitute and over_budget(self._damaged, self._seen, self._options.max_damaged):
             raise BudgetError(
                 f"{self._damaged} of {self._seen} samples were damaged, more than loader.max_damaged={self._options.max_damaged} allows; "
-                f"the last: {damaged[-1].reason}. Run 'posmlp data validate {self._dataset.root}', then build it again."
+                f"the last: {damaged[-1].reason}. Run 'posmlp data validate {self._dataset.where}', then build it again."
             )
 
     def close(self) -> None:
         """Ends all threads; batches that were not taken are dropped, batches taken stay valid."""
         self._ended = True
         self._room.close()
+        if self._fetching is not None:
+            self._reader.close()  # ends what waits for another attempt
+            self._fetching.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._producer is not None:
             self._producer.join()
         self._graph.close()
         self._reader.close()
+        self._watchdog.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _result(pending: _Pending) -> _Sample:
+    result = pending.result()
+    return result.result() if isinstance(result, Future) else result
 
 
 def _damage(sample: _Sample, error: SampleError) -> Damage:

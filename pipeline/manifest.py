@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import ManifestError
-from pipeline.labels import VIDEO_SUFFIXES, Row, rows_of_file, rows_of_folder
+from pipeline.labels import VIDEO_SUFFIXES, Row, rows_of_file, rows_of_folder, rows_of_paths
+from pipeline.location import Location
 
 SHOWN = 5  # offenders named in a message
 
@@ -52,7 +53,7 @@ class Manifest:
 
 
 def read_manifest(
-    videos: Path,
+    videos: Location,
     labels: Path | None,
     *,
     allow_missing: bool = False,
@@ -60,7 +61,7 @@ def read_manifest(
     seed: int = 0,
     held_groups: Mapping[str, bool] | None = None,
 ) -> Manifest:
-    """What `videos` holds and `labels` says of it.
+    """What `videos`, a folder or a URL, holds and `labels` says of it.
 
     labels: CSV or Parquet with columns path and label; optionally group, start_s, end_s, and any number of columns whose names start
     with "split"; others are ignored. Without one: class = subfolder, below train/ and val/ where these are the top folders.
@@ -68,11 +69,17 @@ def read_manifest(
     it is decided already whether they are held out.
     Raises ManifestError naming what does not fit.
     """
-    if not videos.is_dir():
+    folder: _Folder | _Listing
+    if isinstance(videos, str):
+        folder = listing = _Listing(videos)
+        rows = rows_of_paths(videos, listing.paths()) if labels is None else rows_of_file(labels)
+    elif videos.is_dir():
+        folder = _Folder(os.path.realpath(videos))
+        rows = rows_of_folder(videos) if labels is None else rows_of_file(labels)
+    else:
         raise ManifestError(f"{videos} is not a folder. data.videos must name the folder that holds the videos.")
-    rows = rows_of_folder(videos) if labels is None else rows_of_file(labels)
     split_columns = sorted(name for name in (rows[0].values if rows else {}) if name.startswith("split"))
-    sources, missing = _sources(videos, rows, split_columns)
+    sources, missing = _sources(folder, rows, split_columns)
     if missing and not allow_missing:
         listed = ", ".join(missing[:SHOWN])
         raise ManifestError(
@@ -91,10 +98,9 @@ def read_manifest(
     return Manifest(sources=sources, classes=classes, split_columns=split_columns, missing=missing, drawn=drawn)
 
 
-def _sources(videos: Path, rows: Sequence[Row], split_columns: Sequence[str]) -> tuple[list[Source], list[str]]:
+def _sources(folder: "_Folder | _Listing", rows: Sequence[Row], split_columns: Sequence[str]) -> tuple[list[Source], list[str]]:
     sources, missing = [], []
     taken: set[str] = set()
-    folder = _Folder(os.path.realpath(videos))
     seen: dict[tuple[str, float | None, float | None], Row] = {}
     for row in sorted(rows, key=lambda row: (row.values["path"], row.values.get("start_s", ""), row.values.get("end_s", ""))):
         path, size = folder.find(row)
@@ -133,12 +139,7 @@ class _Folder:
 
     def find(self, row: Row) -> tuple[str, int | None]:
         """The row's path, normalised, and its size in bytes, None for no such file. Raises ManifestError when it leads out of here."""
-        text = row.values["path"].strip()
-        path = os.path.normpath(text) if text else ""
-        if not text or os.path.isabs(path) or path.split(os.sep)[0] == "..":
-            raise ManifestError(f"{row.where}: path '{text}' must be relative to the videos folder and stay in it.")
-        if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that Python could not read as text
-            raise ManifestError(f"{row.where}: path {text!a} is not a name in UTF-8. Rename the file.")
+        text, path = row.values["path"].strip(), _path_of(row)
         full = os.path.join(self._home, path)
         folder = os.path.dirname(full)
         if folder not in self._inside:
@@ -155,6 +156,33 @@ class _Folder:
 
     def _holds(self, real: str) -> bool:
         return real == self._home or real.startswith(self._home.rstrip(os.sep) + os.sep)
+
+
+class _Listing:
+    """The same for a URL, which is listed once: there are no folders and no links in it."""
+
+    def __init__(self, url: str) -> None:
+        from pipeline.remote import RemoteFolder
+
+        self._sizes = RemoteFolder(url).sizes()
+
+    def paths(self) -> list[str]:
+        return list(self._sizes)
+
+    def find(self, row: Row) -> tuple[str, int | None]:
+        path = _path_of(row)
+        return path, self._sizes.get(path)
+
+
+def _path_of(row: Row) -> str:
+    """The row's path, normalised. Raises ManifestError when it leads out of the videos folder."""
+    text = row.values["path"].strip()
+    path = os.path.normpath(text) if text else ""
+    if not text or os.path.isabs(path) or path.split(os.sep)[0] == "..":
+        raise ManifestError(f"{row.where}: path '{text}' must be relative to the videos folder and stay in it.")
+    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that Python could not read as text
+        raise ManifestError(f"{row.where}: path {text!a} is not a name in UTF-8. Rename the file.")
+    return path
 
 
 def _seconds(row: Row, name: str) -> float | None:

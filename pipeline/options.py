@@ -225,6 +225,31 @@ class AugmentOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteOptions:
+    """How a dataset at a URL (s3://, gs://, …) is read. Nothing here changes what is read.
+
+    cache_dir: folder on this machine's own disk for the index and for videos that were read, shared by all its processes; absolute, or
+        below ~. cache_gib: what the cache may take; datasets that nobody reads make room, the least recently used first, and what does
+        not fit is read from the store each time. requests: that one rank has in flight at most, 1 to 256. retries: of a request that
+        failed, after 0.2 s, then after twice as long each time, up to 10 s. timeout_s: of one request.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
+    cache_dir: str = "~/.cache/posmlp-video"
+    cache_gib: float = 64.0
+    requests: int = 32
+    retries: int = 8
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.cache_dir.startswith(("/", "~/")), "cache_dir", self.cache_dir, "an absolute path, or one below ~/")
+        require(self.cache_gib > 0, "cache_gib", self.cache_gib, "a positive number")
+        require(1 <= self.requests <= 256, "requests", self.requests, "1 to 256")
+        require(0 <= self.retries <= 100, "retries", self.retries, "0 to 100")
+        require(0 < self.timeout_s <= 3600, "timeout_s", self.timeout_s, "seconds in (0, 3600]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
     """How one rank reads and decodes.
 
@@ -232,6 +257,8 @@ class LoaderOptions:
     threads: decoding threads of one rank; 0: the cores of this machine divided by the ranks on it.
     prefetch_mib: bound on decoded clips that wait for the model; one micro-batch always may.
     max_damaged: share of the samples seen (at least one sample) that may be replaced before training stops.
+    slow_read_s: a read that takes longer is said on standard error, with rank, shard, key and offset; 0: never.
+    remote: section for datasets at a URL.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -239,8 +266,11 @@ class LoaderOptions:
     threads: int = 0
     prefetch_mib: int = 1024
     max_damaged: float = 0.001
+    slow_read_s: float = 30.0
+    remote: RemoteOptions = RemoteOptions()
 
     def __post_init__(self) -> None:
         require(0 <= self.threads <= 256, "threads", self.threads, "0 to 256")
         require(self.prefetch_mib >= 1, "prefetch_mib", self.prefetch_mib, "at least 1")
         require(0 <= self.max_damaged <= 1, "max_damaged", self.max_damaged, "a share from 0 to 1")
+        require(self.slow_read_s >= 0, "slow_read_s", self.slow_read_s, "seconds, or 0")
