@@ -1,0 +1,134 @@
+"""From raw videos in an object store to a trained model, in bad weather and through kills: the same bytes, the same stream."""
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import build, info, validate
+from jobs.recipe import load_recipe, parse_overrides
+from jobs.run_folder import open_dataset
+from pipeline.errors import DatasetError
+from pipeline.index import Dataset
+from pipeline.remote import RemoteFolder
+from tests.jobs.soak_train import Run
+from tests.pipeline.s3 import CALM, Proxy, Weather, s3_server
+
+SECRET = b"secret-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    with s3_server(seed=7) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def built(proxy: Proxy, motion_dataset: Path) -> str:
+    """The dataset of `motion_dataset`, built from videos in the store into the store by a driver that is killed and started again."""
+    url, videos = "s3://bucket/dataset", motion_dataset.parent / "videos"
+    folder = RemoteFolder("s3://bucket/videos")
+    for path in sorted(videos.rglob("*.mp4")):
+        folder.upload(path, path.relative_to(videos).as_posix())
+    proxy.weather = Weather({"error": 0.1, "reset": 0.05, "cut": 0.1})
+    command = [sys.executable, "-m", "jobs", "data", "build", "--videos", "s3://bucket/videos", "--labels", str(videos / "labels.csv")]
+    first = subprocess.Popen([*command, "--out", url], stderr=subprocess.PIPE, start_new_session=True)
+    records = wait_for(first, proxy, "dataset/build/shard-")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert records == 1, "the driver was killed with one of six shards finished"
+    proxy.weather = Weather({"error": 0.1, "reset": 0.05, "cut": 0.1})
+    done = subprocess.run([*command, "--out", url], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert proxy.weather.seen["error"]
+    proxy.weather = CALM
+    return url
+
+
+def wait_for(driver: subprocess.Popen[bytes], proxy: Proxy, prefix: str) -> int:
+    """Waits until the store lists something below `prefix`, asked behind the proxy's back; how many there are."""
+    end = time.monotonic() + 120
+    while driver.poll() is None and time.monotonic() < end:
+        connection = http.client.HTTPConnection(*proxy.backend)
+        connection.request("GET", f"/bucket?list-type=2&prefix={prefix}")
+        found = connection.getresponse().read().count(b"<Key>")
+        connection.close()
+        if found:
+            return found
+        time.sleep(0.01)
+    return 0
+
+
+def test_a_killed_build_ends_byte_identical(built: str, motion_dataset: Path) -> None:
+    folder = RemoteFolder(built)
+    local = {path.relative_to(motion_dataset).as_posix(): path for path in motion_dataset.rglob("*") if path.is_file()}
+    del local[".build.lock"]
+    assert folder.sizes().keys() == local.keys()
+    for name, path in local.items():
+        assert folder.read_all(name) == path.read_bytes(), name
+        assert SECRET not in path.read_bytes()
+
+
+def test_it_is_finished_and_another_is_refused(built: str, motion_dataset: Path, proxy: Proxy) -> None:
+    labels = str(motion_dataset.parent / "videos" / "labels.csv")
+    paths = {"videos": "s3://bucket/videos", "labels": labels, "dir": built}
+    proxy.weather = weather = Weather({})
+    assert build.build_dataset(parse_overrides({"data": paths}, [])).num_items == len(Dataset.open(motion_dataset))
+    assert not weather.seen["PUT"]
+    with pytest.raises(DatasetError, match=r"s3://bucket/dataset holds another dataset.*encode.gop: it has 32, asked for 5"):
+        build.build_dataset(parse_overrides({"data": paths}, ["data.encode.gop=5"]))
+    with pytest.raises(DatasetError, match="memory of one process"):
+        build.build_dataset(parse_overrides({"data": {**paths, "dir": "memory://x/y"}}, []))
+
+
+def test_it_is_seen_and_validated_where_it_is(built: str, motion_dataset: Path) -> None:
+    card = info.run(built)
+    assert {**card, "folder": "", "quarantine_list": ""} == {**info.run(motion_dataset), "folder": "", "quarantine_list": ""}
+    assert validate.run(built) == []
+
+
+def test_validation_finds_damage_in_the_store(motion_dataset: Path, proxy: Proxy, tmp_path: Path) -> None:
+    folder = RemoteFolder("s3://bucket/damaged")
+    for path in motion_dataset.rglob("*.*"):
+        if path.suffix in (".tar", ".arrow", ".json", ".parquet"):
+            folder.upload(path, path.relative_to(motion_dataset).as_posix())
+    dataset = Dataset.open(motion_dataset)
+    item = dataset.item(5)
+    data = bytearray((motion_dataset / item.shard_file).read_bytes())
+    data[item.offset + 7] ^= 1
+    (tmp_path / "shard").write_bytes(data)
+    folder.upload(tmp_path / "shard", item.shard_file)
+    folder.upload(tmp_path / "shard", "shards/stranger.tar")
+    folder.delete([dataset.info.shards[-1].file] if dataset.info.shards[-1].file != item.shard_file else [])
+    found = {(problem.file, problem.what) for problem in validate.run("s3://bucket/damaged")}
+    assert {(item.shard_file, "SHA-256"), (item.shard_file, "CRC-32 of the video"), ("shards/stranger.tar", "shard")} <= found
+    assert (dataset.info.shards[-1].file, "file") in found
+    with pytest.raises(DatasetError, match=r"s3://bucket/damaged/shards/.* is missing"):
+        open_dataset(parse_overrides({"data": {"dir": "s3://bucket/damaged"}}, []), "train")
+
+
+def test_training_from_the_store_is_training_from_the_disk(built: str, motion_dataset: Path, proxy: Proxy, tmp_path: Path) -> None:
+    """Two ranks share the cache: keys, frames, crops, tensors and losses are those of the local dataset."""
+    small = ["train.steps=6", f"loader.remote.cache_dir={tmp_path / 'cache'}", "loader.remote.retries=12", "loader.slow_read_s=0.05"]
+    local = Run(tmp_path / "local", motion_dataset, *small)
+    local.finish()
+    proxy.weather = weather = Weather({"error": 0.1, "reset": 0.05, "cut": 0.1, "lie": 0.1, "flip": 0.05}, slow=0.2, slow_s=0.4)
+    weather.only = "shards/"
+    remote = Run(tmp_path / "remote", built, *small)  # type: ignore[arg-type]
+    remote.finish()
+    proxy.weather = CALM
+    assert weather.seen["lie"]
+    assert weather.seen["flip"]
+    assert remote.trace() == local.trace()
+    assert (tmp_path / "cache").is_dir()
+    assert load_recipe(str(remote.dir / "recipe.yaml")).data.dir == built
+    files = [path for path in [*remote.dir.rglob("*"), *(tmp_path / "cache").rglob("*")] if path.is_file()]
+    assert not [path for path in files if SECRET in path.read_bytes()]
+    said = " ".join(path.read_text(errors="replace") for path in (remote.dir / "logs").rglob("*") if path.is_file())
+    assert "s for video 'motion" in said or f"of {built}/shards/shard-" in said, said[-500:]
