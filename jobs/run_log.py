@@ -101,7 +101,7 @@ class RankLog:
 def say_slow(rank: int, dataset: "Dataset", item: "Item", seconds: float) -> None:
     """On standard error, which is in the run's logs: who waits for what."""
     where = f"video '{item.key}', byte {item.offset} of {dataset.where}/{item.shard_file}"
-    click.echo(f"rank {rank} has waited {seconds:.0f} s for {where}", err=True)
+    click.echo(f"rank {rank} has waited {seconds:.1f} s for {where}", err=True)
 
 
 def damage_before(run_dir: Path, position: int) -> set[int]:

@@ -5,7 +5,7 @@
     HOME/NAME/        the files, each under its name only when it is whole
 
 The order of training visits every video of an epoch once. Least recently used first would throw out what the next epoch needs: with
-room for half of a dataset it finds an eighth of it. So what is in stays in while its dataset is read, which finds the half; whole
+room for half of a dataset it finds 15 % of an epoch. So what is in stays in while its dataset is read, which finds the half; whole
 datasets that nobody reads make room, the least recently used first. Locks are the kernel's and end with their process.
 """
 

@@ -19,6 +19,7 @@ from pipeline.errors import ChecksumError, DatasetError, SampleError, StorageErr
 from pipeline.index import Dataset, Item, Origin
 from pipeline.location import Location, inside
 
+ANSWERS = 8  # of a store that all differ and are all wrong, before an item counts as damaged
 MAX_OPEN = 64  # file descriptors one reader keeps; processes are commonly allowed 1024
 
 
@@ -87,7 +88,8 @@ class Reader:
 class RemoteReader:
     """Reads items of a dataset at a URL, from any number of threads, through this machine's cache.
 
-    What fails its checksum, in the cache or as it came, is fetched once more from the store before it counts as damaged.
+    What fails its checksum, in the cache or as it came, is fetched again. It counts as damaged when the store gives the same wrong bytes
+    twice: what was only changed on its way comes otherwise the next time, and must not replace a sample.
     """
 
     def __init__(self, origin: Origin) -> None:
@@ -103,7 +105,9 @@ class RemoteReader:
             if not _fault(kept, item):
                 return kept
             self._cache.drop(place)
-        for _ in range(2):
+        fault = ""
+        for _ in range(ANSWERS):
+            before = fault
             try:
                 data = self._folder.read(item.shard_file, item.offset, item.offset + item.size, self._closed)
             except FileNotFoundError:
@@ -115,6 +119,8 @@ class RemoteReader:
             if not fault:
                 self._cache.add(place, data)
                 return data
+            if fault == before:
+                break
         raise ChecksumError(fault, key=item.key, shard=item.shard_file)
 
     def close(self) -> None:

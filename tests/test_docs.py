@@ -18,9 +18,12 @@ from pathlib import Path
 import pytest
 
 from jobs import recipe_reference, synthesize
+from pipeline.remote import RemoteFolder
+from tests.pipeline.s3 import s3_server
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["tutorial.md", "howto/own-data.md", "howto/fine-tuning.md", "howto/report.md", "howto/kinetics.md", "howto/something-something.md"]
+STORE_PAGE = "howto/object-store.md"
 SETTINGS = """
     model.preset=posmlp_tiny model.stem=2d model.widths=[8,16,32,64] model.depths=[1,1,1,1] model.groups=[4,8,16,32] model.windows=[2,2,2,2]
     augment.size=32 augment.eval_resize=32 augment.repeats=1 clip.num_frames=4 clip.sampling=segment
@@ -83,6 +86,16 @@ def test_every_command_of_the_page_runs(folder: Path, page: str) -> None:
             words = shlex.split(line)
             assert words[0] == "posmlp", f"{page}: '{line}' is not a command that this test can run"
             run([sys.executable, "-m", "jobs", *words[1:], *(TINY if words[1] in ("train", "run") else [])], folder)
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_object_store_page_runs(folder: Path) -> None:
+    """Before a real S3 server, whose bucket has the videos."""
+    with s3_server():
+        store = RemoteFolder("s3://bucket/videos")
+        for path in (folder / "videos").rglob("*.mp4"):
+            store.upload(path, path.relative_to(folder / "videos").as_posix())
+        test_every_command_of_the_page_runs(folder, STORE_PAGE)
 
 
 def run(command: list[str], folder: Path) -> None:

@@ -22,6 +22,8 @@ PURE = [
     "pipeline.quarantine",
     "pipeline.canonical",
     "pipeline.durable",
+    "pipeline.location",
+    "pipeline.cache",
     "cluster.errors",
     "cluster.options",
     "cluster.topology",

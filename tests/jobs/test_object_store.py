@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.remote import RemoteFolder
 from tests.jobs.soak_train import Run
-from tests.pipeline.s3 import CALM, Proxy, Weather, s3_server
+from tests.pipeline.s3 import CALM, FAULTS, Proxy, Weather, s3_server
 
 SECRET = b"secret-of-the-test"
 
@@ -123,12 +124,10 @@ def test_training_from_the_store_is_training_from_the_disk(built: str, motion_da
     remote = Run(tmp_path / "remote", built, *small)  # type: ignore[arg-type]
     remote.finish()
     proxy.weather = CALM
-    assert weather.seen["lie"]
-    assert weather.seen["flip"]
+    assert sum(weather.seen[kind] for kind in FAULTS) >= 5
     assert remote.trace() == local.trace()
-    assert (tmp_path / "cache").is_dir()
     assert load_recipe(str(remote.dir / "recipe.yaml")).data.dir == built
     files = [path for path in [*remote.dir.rglob("*"), *(tmp_path / "cache").rglob("*")] if path.is_file()]
     assert not [path for path in files if SECRET in path.read_bytes()]
-    said = " ".join(path.read_text(errors="replace") for path in (remote.dir / "logs").rglob("*") if path.is_file())
-    assert "s for video 'motion" in said or f"of {built}/shards/shard-" in said, said[-500:]
+    said = "".join(path.read_text() for path in (remote.dir / "logs").rglob("rank-*.log"))
+    assert re.search(rf"rank [01] has waited 0\.\d s for video '\w+/\w+', byte \d+ of {built}/shards/shard-\d+\.tar", said), said[-500:]

@@ -74,6 +74,10 @@ class Proxy(ThreadingHTTPServer):
             fault, slow = weather.deck.pop(), self._draw.random() < weather.slow
         return fault, weather.latency_s + (weather.slow_s if slow else 0.0)
 
+    def place(self, size: int) -> int:
+        with self._lock:
+            return self._draw.randrange(size)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is what this is about."""
 
@@ -120,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "flip" and reply.headers.get("Content-Type", "") != "application/xml":
             weather.saw(fault)
             broken = bytearray(data)
-            broken[len(data) // 2] ^= 4
+            broken[self.server.place(len(data))] ^= 4
             headers = {name: value for name, value in headers.items() if not name.lower().startswith("x-amz-checksum")}
             self._answer(reply.status, headers, bytes(broken), length)
         else:
@@ -173,8 +177,11 @@ def s3_server(seed: int = 0) -> Iterator[Proxy]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     connection = http.client.HTTPConnection(*proxy.backend)
-    connection.request("PUT", "/bucket")
-    assert connection.getresponse().status == 200
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):  # moto's objects outlive its server
+        connection.request(method, path)
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 200
     connection.close()
     try:
         yield proxy
