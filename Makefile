@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUDGET_MIN ?= 20
 SEED   ?= 1
+# Most tests wait for processes that they start; more than two at a time need more than two cores.
+TEST_PROCESSES ?= 2
 .PHONY: demo test lint soak docs constraints clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/posmlp demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(LABELS),--labels '$(LABELS)')
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
