@@ -6,6 +6,7 @@ check, 2 wrong usage (click), 75 stopped early by SIGTERM or train.time_limit wi
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -457,6 +458,8 @@ def main() -> None:
         sys.exit(1)
     from cluster.errors import StoppedError
 
+    # Before torch loads: threads that spin while they wait take the cores from decoding, and on a busy machine from the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         posmlp(standalone_mode=False)
     except click.exceptions.Abort:
