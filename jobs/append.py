@@ -23,7 +23,8 @@ from jobs.build_folder import compare, explained, only_builder, read_plan, remov
 from jobs.build_tasks import build_shards, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
-from pipeline.manifest import Manifest, Source, ordered_classes, read_manifest
+from pipeline.labels import LabelFiles
+from pipeline.manifest import WINDOW_MARK, Manifest, Source, ordered_classes, read_manifest, summary
 from pipeline.media import check_encoder
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import TRIED_AGAIN
@@ -46,8 +47,9 @@ class Appended:
 def run(
     *,
     videos: Path,
-    labels: Path | None,
+    labels: LabelFiles,
     out: Path,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -65,7 +67,10 @@ def run(
             check_encoder(encode)
             seed, size_mib = (int(str(dataset.info.build[name])) for name in ("seed", "shard_size_mib"))
             held = _held_groups(dataset)
-            manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held)
+            manifest = read_manifest(
+                videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held
+            )
+            click.echo(summary(manifest), err=True)
             _check_splits(dataset, manifest)
             drawn = [replace(source, splits=()) for source in manifest.sources] if manifest.drawn else manifest.sources
             asked = replace(manifest, sources=drawn)  # which split a video was drawn into depends on the dataset as well
@@ -145,7 +150,7 @@ def _appended(info: DatasetInfo) -> list[object]:
 
 
 def _refuse_known(dataset: Dataset, sources: Sequence[Source]) -> None:
-    known = set(dataset.table.column("key").to_pylist())
+    known = {key.partition(WINDOW_MARK)[0] for key in dataset.table.column("key").to_pylist()}
     double = [source for source in sources if source.key in known]
     if double:
         listed = ", ".join(source.path for source in double[:SHOWN])

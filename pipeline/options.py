@@ -24,6 +24,8 @@ class EncodeOptions:
     fps: "keep" stamps each decodable frame once at the source's nominal rate; a number resamples by time.
     gop: frames between keyframes; GOPs are closed.
     crf, preset, tune: x264's names.
+    max_member_s: a longer video is stored as several items, one after the other, as equal as whole groups of pictures allow, each of
+        at most so many seconds (or one group of pictures) and with the video's label; null: a video is one item however long.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -33,12 +35,15 @@ class EncodeOptions:
     crf: int = 23
     preset: str = "veryfast"
     tune: str = "fastdecode"
+    max_member_s: float | None = None
 
     def __post_init__(self) -> None:
         require(16 <= self.short_side <= 4096, "short_side", self.short_side, "16 to 4096 pixels")
         require(self.fps == "keep" or 0 < float(self.fps) <= 240, "fps", self.fps, "'keep' or a rate in (0, 240]")
         require(1 <= self.gop <= 1024, "gop", self.gop, "1 to 1024 frames")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51")
+        longest = self.max_member_s
+        require(longest is None or 1 <= longest <= 86_400, "max_member_s", longest, "1 to 86400 seconds, or null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

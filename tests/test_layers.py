@@ -12,6 +12,8 @@ PURE = [
     "pipeline.errors",
     "pipeline.options",
     "pipeline.labels",
+    "pipeline.label_file",
+    "pipeline.downloads",
     "pipeline.manifest",
     "pipeline.index",
     "pipeline.order",
