@@ -20,7 +20,7 @@ import click
 
 from jobs.build_commit import collect, commit, libraries, missing_rows, read_quarantine
 from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
-from jobs.build_tasks import build_shards, request_of, shard_tasks
+from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
 from pipeline.labels import LabelFiles
@@ -72,6 +72,7 @@ def run(
             )
             click.echo(summary(manifest), err=True)
             _check_splits(dataset, manifest)
+            check_frames(manifest, encode)
             drawn = [replace(source, splits=()) for source in manifest.sources] if manifest.drawn else manifest.sources
             asked = replace(manifest, sources=drawn)  # which split a video was drawn into depends on the dataset as well
             request = request_of(asked, encode=encode, limits=limits, shard_size_mib=size_mib, seed=seed)
@@ -105,6 +106,8 @@ def read_again(
 
 def _opens(path: Path) -> bool:
     try:
+        if path.is_dir():
+            return any(path.iterdir())
         with path.open("rb") as file:
             return bool(file.read(1))
     except OSError:

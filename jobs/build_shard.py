@@ -99,12 +99,12 @@ def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> 
     """As the worker does it, but storage that fails gets some more chances. Raises RejectedError."""
     for delay_s in READ_AGAIN_S:
         try:
-            return worker.transcode(path, video, source.start_s, source.end_s)
+            return worker.transcode(path, video, source.start_s, source.end_s, source.num_frames)
         except RejectedError as rejected:
             if rejected.reason != Reason.READ_FAILED:
                 raise
         time.sleep(delay_s)
-    return worker.transcode(path, video, source.start_s, source.end_s)
+    return worker.transcode(path, video, source.start_s, source.end_s, source.num_frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

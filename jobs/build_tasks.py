@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.tasks import run_tasks
 from jobs.build_shard import ShardTask, build_shard, record_path
+from jobs.errors import RecipeError
 from jobs.progress import Progress
 from pipeline.manifest import Manifest, Source
 from pipeline.options import EncodeOptions, LimitOptions
@@ -18,7 +19,8 @@ def request_of(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOption
     """What decides the dataset, as plain values that a later request is compared with, value by value."""
     digest, columns = hashlib.sha256(), fields(Source)
     for source in manifest.sources:
-        digest.update(repr([getattr(source, field.name) for field in columns]).encode())
+        values = [getattr(source, field.name) for field in columns]
+        digest.update(repr(values[:-1] if source.num_frames is None else values).encode())  # as before there were folders of frames
     digest.update(json.dumps([manifest.missing, manifest.classes, manifest.split_columns]).encode())
     nested = {"encode": asdict(encode), "limits": asdict(limits)}
     return {
@@ -27,6 +29,16 @@ def request_of(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOption
         "seed": seed,
         **{f"{section}.{name}": value for section, values in nested.items() for name, value in values.items()},
     }
+
+
+def check_frames(manifest: Manifest, encode: EncodeOptions) -> None:
+    """Raises RecipeError where videos are folders of pictures and their rate is not stated."""
+    folders = [source.path for source in manifest.sources if source.num_frames]
+    if folders and encode.frames_fps is None:
+        raise RecipeError(
+            f"{len(folders)} videos are folders of pictures, first {folders[0]}. State the rate of their frames when the dataset is "
+            "built: data.encode.frames_fps=25."
+        )
 
 
 def splits_of(manifest: Manifest) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs.build_tasks import splits_of
+from jobs.build_tasks import check_frames, splits_of
 from jobs.errors import RecipeError
 from jobs.progress import Progress
 from jobs.recipe import Recipe
@@ -70,6 +70,7 @@ def run(recipe: Recipe) -> Estimate:
     manifest = read_manifest(
         data.videos, data.labels, format=data.format, allow_missing=True, val_fraction=data.val_fraction, seed=data.seed
     )
+    check_frames(manifest, data.encode)
     sources = sample(manifest.sources, TRIED, data.seed)
     found = _try(data.videos, sources, data.encode, data.limits)
     return _estimate(manifest, found, free_bytes=shutil.disk_usage(_existing(recipe.dataset_dir)).free)
@@ -107,7 +108,7 @@ def _try_one(worker: MediaWorker, videos: Path, source: Source, out: Path) -> _T
     end = min(begin + TRIED_S, source.end_s if source.end_s is not None else begin + TRIED_S)
     began = time.monotonic()
     try:
-        report = worker.transcode(videos / source.path, out, source.start_s, end)
+        report = worker.transcode(videos / source.path, out, source.start_s, end, source.num_frames)
     except RejectedError as rejected:
         return _Trial(source=source, reason=f"{rejected.reason}: {rejected.detail or rejected.reason.text}")
     share = _share(report, source)

@@ -25,7 +25,9 @@ from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOp
 
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
-Format = Literal["auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list"]  # label_file.FORMATS
+Format = Literal[  # those of pipeline.label_file
+    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images"
+]  # fmt: skip
 
 
 class Section(pydantic.BaseModel):
@@ -46,7 +48,7 @@ class DataSection(Section):
 
     videos: folder of raw videos.
     labels: a label file, a list of them, or one per split: {train: FILE, val: FILE}; None: class = subfolder.
-    format: of the label files; auto tells it from their content.
+    format: of the label files, or of the folders where there are none; auto tells it from their content.
     dir: the built dataset; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.

@@ -36,6 +36,11 @@ FORMATS = {  # name -> for people
     "something": "Something-Something list",
     "list": "list of `path label` lines",
 }
+FOLDER_FORMATS = {  # without label files
+    "folders": "class folders",
+    "frames": "class folders of videos as folders of numbered pictures",
+    "images": "class folders of pictures",
+}
 HEAD_BYTES = 1 << 20  # in which the format is looked for
 MAX_JSON_BYTES = 1 << 30  # a JSON list is parsed whole; the largest known ones have 60 MB
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -143,7 +148,9 @@ def _explained(path: Path, records: Iterator[Record]) -> Iterator[Record]:
 
 
 def _unreadable(path: Path, error: Exception) -> ManifestError:
-    return ManifestError(f"{path} cannot be read: {error}. Expected text in UTF-8 (CSV, TSV with a header line; JSON), or Parquet.")
+    return ManifestError(
+        f"{path} cannot be read: {error}. Expected CSV in UTF-8 with a header line, TSV, JSON or a list likewise, or Parquet."
+    )
 
 
 def _read_csv(path: Path, delimiter: str) -> tuple[list[str], Iterator[Record]]:

@@ -5,14 +5,15 @@ Several label files are one list; each that has no split column of its own is a 
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from pipeline.downloads import Downloads, clip_names
 from pipeline.errors import ManifestError
-from pipeline.label_file import FORMATS, VIDEO_SUFFIXES, Table, detect, open_table, read_classes
+from pipeline.frame_folder import IMAGE_SUFFIXES
+from pipeline.label_file import FOLDER_FORMATS, FORMATS, VIDEO_SUFFIXES, Table, detect, open_table, read_classes
 
 LabelFiles: TypeAlias = "Path | Sequence[Path] | Mapping[str, Path] | None"  # a mapping: split -> file
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -42,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """What is said of all videos. format: one of FORMATS, "folders", or several, for people. split_columns: sorted.
+    """What is said of all videos. format: one of FORMATS or FOLDER_FORMATS, or several of FORMATS. split_columns: sorted.
 
     classes: all that a file of classes names, in its order, None without one. by_id: files named by a YouTube id alone of which nobody
     has said whether they are clips or whole videos.
@@ -58,8 +59,12 @@ class Labels:
 def read_labels(videos: Path, labels: LabelFiles, stated: str = "auto") -> Labels:
     """What the label files, or else the folders, say of the videos. stated: the format, or "auto". Raises ManifestError."""
     files = _files(labels)
+    if files and stated in FOLDER_FORMATS:
+        raise ManifestError(f"data.format={stated} is for folders without label files, but data.labels names {names_of(labels)}.")
+    if not files and stated in FORMATS:
+        raise ManifestError(f"data.format={stated} is a format of label files. Set data.labels.")
     if not files:
-        return rows_of_folder(videos)
+        return rows_of_folder(videos, stated)
     class_files = [path for _, path in files if path.is_file() and detect(path) == "classes"]
     files = [(split, path) for split, path in files if path not in class_files]
     if not files or len(class_files) > 1:
@@ -84,8 +89,9 @@ def read_labels(videos: Path, labels: LabelFiles, stated: str = "auto") -> Label
 
 def described(labels: Labels) -> str:
     """The format for people, with the key that states it."""
-    texts = [FORMATS.get(kind, "class folders") for kind in labels.format.split(" and ")]
-    return f"{' and '.join(texts)} (data.format={labels.format})" if len(texts) == 1 and labels.format in FORMATS else " and ".join(texts)
+    kinds = labels.format.split(" and ")
+    text = " and ".join({**FORMATS, **FOLDER_FORMATS}[kind] for kind in kinds)
+    return f"{text} (data.format={kinds[0]})" if len(kinds) == 1 else text
 
 
 def names_of(labels: LabelFiles) -> str:
@@ -182,9 +188,13 @@ def _numbered(rows: Iterator[Row], classes: Sequence[str]) -> Iterator[Row]:
         yield Row(row.file, row.unit, row.number, row.path, label, row.splits, row.group, row.start_s, row.end_s, row.num_frames)
 
 
-def rows_of_folder(videos: Path) -> Labels:
-    """Every video below `videos`, its class the subfolder, below train/ and val/ where these are the top folders. Raises ManifestError."""
-    paths = sorted(walk(videos))
+def rows_of_folder(videos: Path, stated: str = "auto") -> Labels:
+    """Every video below `videos`, its class the subfolder, below train/ and val/ where these are the top folders.
+
+    Without a video file, pictures in class folders are items, and folders of pictures in class folders are videos; stated: one of
+    FOLDER_FORMATS, or "auto". Raises ManifestError.
+    """
+    paths, kind = _items(videos, stated)
     tops = {path.partition("/")[0] for path in paths}
     by_split = bool(tops) and tops <= SPLIT_FOLDERS.keys()
     _refuse_empty(videos, paths, by_split)
@@ -197,7 +207,7 @@ def rows_of_folder(videos: Path) -> Labels:
                 f"{videos / path} lies in no class folder. Move each video into a subfolder named after its class, or give a label file."
             )
         rows.append(Row(f"{videos}/{path}", "", 0, path, label.strip(), (SPLIT_FOLDERS[parts[0]],) if by_split else ()))
-    return Labels(rows=rows, split_columns=["split"] if by_split else [], format="folders")
+    return Labels(rows=rows, split_columns=["split"] if by_split else [], format=kind)
 
 
 def _refuse_empty(videos: Path, paths: Sequence[str], by_split: bool) -> None:
@@ -214,12 +224,30 @@ def _refuse_empty(videos: Path, paths: Sequence[str], by_split: bool) -> None:
         )
 
 
-def walk(videos: Path) -> Iterator[str]:
-    """Relative paths of all videos; hidden files and folders are not looked at, links to folders not followed."""
+def _items(videos: Path, stated: str) -> tuple[list[str], str]:
+    """(paths of what are items, which of FOLDER_FORMATS they are)."""
+    paths = sorted(walk(videos)) if stated in ("auto", "folders") else []
+    if paths or stated == "folders":
+        return paths, "folders"
+    homes = {path.rpartition("/")[0] for path in walk(videos, IMAGE_SUFFIXES)}
+    by_split = {home.partition("/")[0] for home in homes} <= SPLIT_FOLDERS.keys()
+    deep = {home.count("/") > by_split for home in homes}
+    if stated == "auto" and len(deep) > 1:
+        raise ManifestError(
+            f"{videos} holds pictures in class folders and in subfolders of them. Say what they are: data.format=images, one item "
+            "each, or data.format=frames, where a folder of numbered pictures is a video."
+        )
+    if stated == "frames" or deep == {True}:
+        return sorted(homes), "frames"
+    return sorted(walk(videos, IMAGE_SUFFIXES)), "images" if homes or stated == "images" else "folders"
+
+
+def walk(videos: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Iterator[str]:
+    """Relative paths of all files with these suffixes; hidden files and folders are not looked at, links to folders not followed."""
     home = os.fspath(videos)
     for folder, folders, files in os.walk(home):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inner = os.path.relpath(folder, home).replace(os.sep, "/")
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield name if inner == "." else f"{inner}/{name}"

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import ManifestError
+from pipeline.frame_folder import IMAGE_SUFFIXES, series_of
 from pipeline.label_file import VIDEO_SUFFIXES
 from pipeline.labels import LabelFiles, Labels, Row, described, names_of, read_labels
 
 SHOWN = 5  # offenders named in a message
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # bytes of a name that Python could not read as text
 WINDOW_MARK = "~"  # in keys of a long video's windows, between the video's key, which never has it, and the window's number
 
 
@@ -27,6 +29,7 @@ class Source:
     """One item to build. path: relative to the videos folder, with slashes. splits: one name per split column, "" for none.
 
     size: of the file in bytes. start_s, end_s: the wanted window in seconds, None for the video's own start and end.
+    num_frames: of a folder of numbered pictures, as listed or else as found; None for a file.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Source:
     size: int
     start_s: float | None
     end_s: float | None
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +145,7 @@ def _sources(videos: Path, labels: Labels) -> tuple[list[Source], list[Source]]:
     folder = _Folder(os.path.realpath(videos))
     seen: dict[tuple[str, float | None, float | None], Row] = {}
     for row in sorted(labels.rows, key=lambda row: (row.path, row.start_s, row.end_s)):
-        path, size = folder.find(row)
+        path, size, num_frames = folder.find(row)
         start_s, end_s = _seconds(row, "start_s", row.start_s), _seconds(row, "end_s", row.end_s)
         if start_s is not None and end_s is not None and start_s >= end_s:
             raise ManifestError(f"{row.where}: start_s {start_s:g} is not before end_s {end_s:g}.")
@@ -160,6 +164,7 @@ def _sources(videos: Path, labels: Labels) -> tuple[list[Source], list[Source]]:
             size=size or 0,
             start_s=start_s,
             end_s=end_s,
+            num_frames=num_frames,
         )
         (absent if size is None else present).append(source)
     return present, absent
@@ -183,23 +188,32 @@ class _Folder:
         self._inside: dict[str, bool] = {}
         self._stems: dict[str, dict[str, list[str]]] = {}  # folder -> stem -> names of videos; read where a label has no extension
 
-    def find(self, row: Row) -> tuple[str, int | None]:
-        """The row's path, normalised, and its size in bytes, None for no such file. Raises ManifestError when it leads out of here."""
+    def find(self, row: Row) -> tuple[str, int | None, int | None]:
+        """The row's path, normalised, its size in bytes, None for no such file, and of a folder of pictures their number.
+
+        Raises ManifestError when it leads out of here.
+        """
         text = row.path
         path = os.path.normpath(text) if text else ""
         if os.path.isabs(path) and path.startswith(self._home.rstrip(os.sep) + os.sep):
             path = os.path.relpath(path, self._home)
         if not text or os.path.isabs(path) or path.split(os.sep)[0] == ".." or "\0" in path:
             raise ManifestError(f"{row.where}: path {text!r} must be relative to the videos folder and stay in it.")
-        if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that Python could not read as text
+        if not path.isascii() and _NO_TEXT.search(path):
             raise ManifestError(f"{row.where}: path {text!a} is not a name in UTF-8. Rename the file.")
-        size = self._size(path, row)
+        size, folder = self._size(path, row)
         if size is None and os.path.splitext(path)[1].lower() not in VIDEO_SUFFIXES:
             path = self._with_extension(path, row)
-            size = self._size(path, row)
-        return path.replace(os.sep, "/"), size
+            size, folder = self._size(path, row)
+        if folder:
+            size, num_frames = _pictures(os.path.join(self._home, path))
+            if row.num_frames:
+                num_frames = int(row.num_frames)
+            return path.replace(os.sep, "/"), size, num_frames
+        return path.replace(os.sep, "/"), size, None
 
-    def _size(self, path: str, row: Row) -> int | None:
+    def _size(self, path: str, row: Row) -> tuple[int | None, bool]:
+        """(size in bytes, None for nothing there; whether it is a folder)."""
         full = os.path.join(self._home, path)
         folder = os.path.dirname(full)
         if folder not in self._inside:
@@ -209,9 +223,10 @@ class _Folder:
             if not self._inside[folder] or (stat.S_ISLNK(status.st_mode) and not self._holds(os.path.realpath(full))):
                 real = os.path.realpath(full)
                 raise ManifestError(f"{row.where}: path '{row.path}' is a link that leads out of the videos folder, to {real}.")
-            return os.stat(full).st_size if stat.S_ISLNK(status.st_mode) else status.st_size
+            status = os.stat(full) if stat.S_ISLNK(status.st_mode) else status
+            return status.st_size, stat.S_ISDIR(status.st_mode)
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return None, False
         except OSError as error:  # a name that is longer than a file system allows
             raise ManifestError(f"{row.where}: path '{row.path[:80]}' cannot be looked up: {error.strerror}.") from None
 
@@ -223,7 +238,7 @@ class _Folder:
             stems = self._stems.setdefault(folder, {})
             for other in os.listdir(full) if self._inside[full.rstrip(os.sep)] and os.path.isdir(full) else ():
                 stem, suffix = os.path.splitext(other)
-                if suffix.lower() in VIDEO_SUFFIXES:
+                if suffix.lower() in VIDEO_SUFFIXES or suffix.lower() in IMAGE_SUFFIXES:
                     stems.setdefault(stem, []).append(other)
         found = self._stems[folder].get(name, [])
         if len(found) > 1:
@@ -232,6 +247,15 @@ class _Folder:
 
     def _holds(self, real: str) -> bool:
         return real == self._home or real.startswith(self._home.rstrip(os.sep) + os.sep)
+
+
+def _pictures(folder: str) -> tuple[int, int]:
+    """(about how many bytes, number of numbered pictures) of a folder: one picture is looked at for all."""
+    try:
+        names = series_of(os.listdir(folder)).names
+        return len(names) * os.lstat(os.path.join(folder, names[len(names) // 2])).st_size if names else 0, len(names)
+    except OSError:  # the build says what it is
+        return 0, 0
 
 
 def _seconds(row: Row, name: str, text: str) -> float | None:

@@ -24,6 +24,7 @@ class EncodeOptions:
     fps: "keep" stamps each decodable frame once at the source's nominal rate; a number resamples by time.
     gop: frames between keyframes; GOPs are closed.
     crf, preset, tune: x264's names.
+    frames_fps: rate of videos that come as folders of numbered pictures; null: there are none.
     max_member_s: a longer video is stored as several items, one after the other, as equal as whole groups of pictures allow, each of
         at most so many seconds (or one group of pictures) and with the video's label; null: a video is one item however long.
     """
@@ -35,6 +36,7 @@ class EncodeOptions:
     crf: int = 23
     preset: str = "veryfast"
     tune: str = "fastdecode"
+    frames_fps: float | None = None
     max_member_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +44,8 @@ class EncodeOptions:
         require(self.fps == "keep" or 0 < float(self.fps) <= 240, "fps", self.fps, "'keep' or a rate in (0, 240]")
         require(1 <= self.gop <= 1024, "gop", self.gop, "1 to 1024 frames")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51")
+        rate = self.frames_fps
+        require(rate is None or 0.1 <= rate <= 240, "frames_fps", rate, "a rate from 0.1 to 240, or null")
         longest = self.max_member_s
         require(longest is None or 1 <= longest <= 86_400, "max_member_s", longest, "1 to 86400 seconds, or null")
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from jobs import append, build, dry_run, validate
+from jobs.build_commit import read_quarantine
 from jobs.build_shard import ShardTask, build_shard, record_path
+from jobs.errors import RecipeError
 from jobs.recipe import parse_overrides
 from pipeline.errors import ManifestError
 from pipeline.index import Dataset, DatasetInfo
 from pipeline.options import EncodeOptions, LimitOptions
 from tests.jobs.test_build import snapshot
 from tests.jobs.test_build_append import numbers_in
-from tests.pipeline.numbered import encode
+from tests.pipeline.numbered import encode, number_image
+from tests.pipeline.test_pictures import numbered_folder, png
 
 GOP = 8
 
@@ -85,3 +88,25 @@ def test_a_dry_run_says_as_what_labels_were_read(tmp_path: Path) -> None:
     paths = {"videos": str(tmp_path / "videos"), "labels": str(tmp_path / "train.json"), "dir": str(tmp_path / "data")}
     estimate = dry_run.run(parse_overrides({"data": paths}, []))
     assert (estimate.labels, estimate.classes) == ("Something-Something list (data.format=something)", {"Moving something": 1})
+
+
+def test_folders_of_frames_and_of_images(tmp_path: Path) -> None:
+    for number, name in enumerate(["run/a", "run/b", "jump/c", "jump/gap"]):
+        numbered_folder(tmp_path / "frames" / name, range(100 * number + 1, 100 * number + 8))
+    (tmp_path / "frames" / "jump" / "gap" / "00304.png").unlink()
+    with pytest.raises(RecipeError, match=r"4 videos are folders of pictures.*data\.encode\.frames_fps=25"):
+        make(tmp_path / "frames", None, tmp_path / "data")
+    info = make(tmp_path / "frames", None, tmp_path / "data", frames_fps=10.0)
+    assert numbers_in(tmp_path / "data", tmp_path) == {
+        name: list(range(100 * number + 1, 100 * number + 8)) for number, name in enumerate(["run/a", "run/b", "jump/c"])
+    }
+    assert info.num_quarantined == 1
+    (row,) = read_quarantine(Dataset.open(tmp_path / "data"))
+    assert (row["path"], row["reason"], row["detail"]) == ("jump/gap", "frames_missing", "no picture has number 304; 1 gaps in all")
+    assert make(tmp_path / "frames", None, tmp_path / "data", frames_fps=10.0) == info
+    assert validate.run(tmp_path / "data") == []
+    for number, name in enumerate(["run/1.png", "jump/x.png"]):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(png(number_image(number)))
+    make(tmp_path / "images", None, tmp_path / "images-data")
+    assert numbers_in(tmp_path / "images-data", tmp_path) == {"run/1": [0], "jump/x": [1]}
