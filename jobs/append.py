@@ -97,7 +97,7 @@ def read_again(
     dataset = Dataset.open(out)
     waiting = {_place(row) for row in read_quarantine(dataset) if row["reason"] in TRIED_AGAIN}
     again = [source for source in sources if (source.path, source.start_s, source.end_s) in waiting]
-    if not any(_opens(videos / source.path) for source in again):
+    if not any(_opens(videos / source.file) for source in again):
         return info
     with only_builder(out):
         request: dict[str, object] = {"videos": f"{len(again)} that could not be read before"}

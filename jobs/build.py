@@ -22,6 +22,7 @@ import click
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
 from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_shard import transcode
 from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
@@ -150,7 +151,7 @@ def _measure_ratio(folder: Path, videos: Path, sources: Sequence[Source], encode
             begin = source.start_s or 0.0
             end = min(begin + SAMPLED_S, source.end_s if source.end_s is not None else begin + SAMPLED_S)
             try:
-                report = worker.transcode(videos / source.path, Path(work) / "sample.mp4", source.start_s, end, source.num_frames)
+                report = transcode(worker, videos, source, Path(work) / "sample.mp4", limits, end)
             except RejectedError:
                 continue
             num_frames = report.source.duration_s * report.source.fps

@@ -22,6 +22,7 @@ from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
 from pipeline.segments import cut_evenly
 from pipeline.shards import NAME, Member, ShardWriter
+from pipeline.tar_source import copy_video
 
 READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read is read again
 
@@ -79,7 +80,7 @@ def build_shard(task: ShardTask) -> int:
         video = Path(work) / "video.mp4"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                report = _transcode(worker, task.videos / source.path, video, source)
+                report = _transcode(worker, task, source, video)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
@@ -95,16 +96,34 @@ def build_shard(task: ShardTask) -> int:
     return len(rejects)
 
 
-def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> MediaReport:
-    """As the worker does it, but storage that fails gets some more chances. Raises RejectedError."""
+def transcode(
+    worker: MediaWorker, videos: Path, source: Source, destination: Path, limits: LimitOptions, end_s: float | None = None
+) -> MediaReport:
+    """What the worker makes of a source, at `destination`; of a video in a tar, through a copy beside that, under a name of ours.
+
+    end_s: where to stop, instead of the source's own end. Raises RejectedError.
+    """
+    wanted = source.start_s, source.end_s if end_s is None else end_s, source.num_frames
+    if not source.tar:
+        return worker.transcode(videos / source.path, destination, *wanted)
+    copy = destination.with_name(f"source{Path(source.path).suffix}")
+    try:
+        copy_video(videos / source.tar, source.offset, source.size, copy, limits)
+        return worker.transcode(copy, destination, *wanted)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _transcode(worker: MediaWorker, task: ShardTask, source: Source, video: Path) -> MediaReport:
+    """The same, but storage that fails gets some more chances."""
     for delay_s in READ_AGAIN_S:
         try:
-            return worker.transcode(path, video, source.start_s, source.end_s, source.num_frames)
+            return transcode(worker, task.videos, source, video, task.limits)
         except RejectedError as rejected:
             if rejected.reason != Reason.READ_FAILED:
                 raise
         time.sleep(delay_s)
-    return worker.transcode(path, video, source.start_s, source.end_s, source.num_frames)
+    return transcode(worker, task.videos, source, video, task.limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from cluster.tasks import run_tasks
@@ -17,10 +17,13 @@ from pipeline.options import EncodeOptions, LimitOptions
 
 def request_of(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOptions, shard_size_mib: int, seed: int) -> dict[str, object]:
     """What decides the dataset, as plain values that a later request is compared with, value by value."""
-    digest, columns = hashlib.sha256(), fields(Source)
+    digest = hashlib.sha256()
+    always = [field.name for field in fields(Source) if field.default is MISSING]
+    later = [field.name for field in fields(Source) if field.default is not MISSING]  # so that older datasets keep their digest
     for source in manifest.sources:
-        values = [getattr(source, field.name) for field in columns]
-        digest.update(repr(values[:-1] if source.num_frames is None else values).encode())  # as before there were folders of frames
+        values = [getattr(source, name) for name in always]
+        more = [(name, value) for name in later if (value := getattr(source, name))]
+        digest.update(repr([*values, *more]).encode())
     digest.update(json.dumps([manifest.missing, manifest.classes, manifest.split_columns]).encode())
     nested = {"encode": asdict(encode), "limits": asdict(limits)}
     return {

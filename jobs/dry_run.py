@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jobs.build_shard import transcode
 from jobs.build_tasks import check_frames, splits_of
 from jobs.errors import RecipeError
 from jobs.progress import Progress
@@ -98,17 +99,17 @@ def _try(videos: Path, sources: Sequence[Source], encode: EncodeOptions, limits:
         for source in sources:
             if trials and time.monotonic() - began > BUDGET_S:
                 break
-            trials.append(_try_one(worker, videos, source, Path(folder) / "video.mp4"))
+            trials.append(_try_one(worker, videos, source, Path(folder) / "video.mp4", limits))
             progress.advance()
     return trials
 
 
-def _try_one(worker: MediaWorker, videos: Path, source: Source, out: Path) -> _Trial:
+def _try_one(worker: MediaWorker, videos: Path, source: Source, out: Path, limits: LimitOptions) -> _Trial:
     begin = source.start_s or 0.0
     end = min(begin + TRIED_S, source.end_s if source.end_s is not None else begin + TRIED_S)
     began = time.monotonic()
     try:
-        report = worker.transcode(videos / source.path, out, source.start_s, end, source.num_frames)
+        report = transcode(worker, videos, source, out, limits, end)
     except RejectedError as rejected:
         return _Trial(source=source, reason=f"{rejected.reason}: {rejected.detail or rejected.reason.text}")
     share = _share(report, source)

@@ -26,7 +26,7 @@ from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOp
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
 Format = Literal[  # those of pipeline.label_file
-    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images"
+    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images", "tars"
 ]  # fmt: skip
 
 

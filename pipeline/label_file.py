@@ -40,6 +40,7 @@ FOLDER_FORMATS = {  # without label files
     "folders": "class folders",
     "frames": "class folders of videos as folders of numbered pictures",
     "images": "class folders of pictures",
+    "tars": "WebDataset tars",
 }
 HEAD_BYTES = 1 << 20  # in which the format is looked for
 MAX_JSON_BYTES = 1 << 30  # a JSON list is parsed whole; the largest known ones have 60 MB
@@ -148,9 +149,7 @@ def _explained(path: Path, records: Iterator[Record]) -> Iterator[Record]:
 
 
 def _unreadable(path: Path, error: Exception) -> ManifestError:
-    return ManifestError(
-        f"{path} cannot be read: {error}. Expected CSV in UTF-8 with a header line, TSV, JSON or a list likewise, or Parquet."
-    )
+    return ManifestError(f"{path} cannot be read: {error}. Expected CSV in UTF-8 with a header line, TSV, JSON or a list, or Parquet.")
 
 
 def _read_csv(path: Path, delimiter: str) -> tuple[list[str], Iterator[Record]]:

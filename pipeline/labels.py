@@ -6,7 +6,7 @@ Several label files are one list; each that has no split column of its own is a 
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from pipeline.downloads import Downloads, clip_names
 from pipeline.errors import ManifestError
 from pipeline.frame_folder import IMAGE_SUFFIXES
 from pipeline.label_file import FOLDER_FORMATS, FORMATS, VIDEO_SUFFIXES, Table, detect, open_table, read_classes
+from pipeline.tar_source import videos_of
 
 LabelFiles: TypeAlias = "Path | Sequence[Path] | Mapping[str, Path] | None"  # a mapping: split -> file
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -22,7 +23,10 @@ SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "validate": "val", "valid":
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a label file, still as text. splits: a name per split column. file, unit, number: where it stands."""
+    """One row of a label file, still as text. splits: a name per split column. file, unit, number: where it stands.
+
+    part: (tar, offset, size in bytes) of a video in a tar.
+    """
 
     file: str
     unit: str
@@ -34,6 +38,7 @@ class Row:
     start_s: str = ""
     end_s: str = ""
     num_frames: str = ""
+    part: tuple[str, int, int] | None = None
 
     @property
     def where(self) -> str:
@@ -125,8 +130,12 @@ def _split_columns(tables: Sequence[tuple[str, Path, Table]]) -> list[str]:
     return columns
 
 
+def _split_words(name: str) -> set[str]:
+    return {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
+
+
 def _split_of(path: Path) -> str:
-    words = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLIT_WORDS}
+    words = _split_words(path.stem)
     if len(words) != 1:
         raise ManifestError(
             f"{path} has no split column, and its name does not say train, val or test. State its split: --labels train={path.name}, "
@@ -140,19 +149,16 @@ def _rows(table: Table, file: str, columns: Sequence[str], split: str) -> Iterat
     place = {name: number for number, name in enumerate(table.columns)}
     own = [place[name] for name in columns if name in place]
     path, label = place.get("path", place.get("youtube_id", 0)), place["label"]
-    optional = [(name, place[source]) for name, source in _OPTIONAL if (source in place)]
     official = table.format.startswith("kinetics")
+    optional = [place.get(name) for name in ("group", *(("time_start", "time_end") if official else ("start_s", "end_s")), "num_frames")]
     for number, record in table.records:
         splits = tuple(record[at].strip() for at in own) if own else (split,) * len(columns)
         if official:
             splits = tuple(SPLIT_WORDS.get(name, name) for name in splits)
         if own and split and splits[0] != split:
             raise ManifestError(f"{file}, {table.unit} {number}: its split is '{splits[0]}', but the file was stated to be all '{split}'.")
-        more = {name: record[at].strip() for name, at in optional}
-        yield Row(file, table.unit, number, record[path].strip(), record[label].strip(), splits, **more)
-
-
-_OPTIONAL = [(name, name) for name in ("group", "start_s", "end_s", "num_frames")] + [("start_s", "time_start"), ("end_s", "time_end")]
+        group, start_s, end_s, num_frames = (record[at].strip() if at is not None else "" for at in optional)
+        yield Row(file, table.unit, number, record[path].strip(), record[label].strip(), splits, group, start_s, end_s, num_frames)
 
 
 def _located(rows: Iterator[Row], downloads: Downloads, by_id: list[str], *, whole: bool) -> Iterator[Row]:
@@ -192,9 +198,11 @@ def rows_of_folder(videos: Path, stated: str = "auto") -> Labels:
     """Every video below `videos`, its class the subfolder, below train/ and val/ where these are the top folders.
 
     Without a video file, pictures in class folders are items, and folders of pictures in class folders are videos; stated: one of
-    FOLDER_FORMATS, or "auto". Raises ManifestError.
+    FOLDER_FORMATS, or "auto". WebDataset tars are looked for where there is neither. Raises ManifestError.
     """
     paths, kind = _items(videos, stated)
+    if kind == "tars":
+        return _rows_of_tars(videos, paths)
     tops = {path.partition("/")[0] for path in paths}
     by_split = bool(tops) and tops <= SPLIT_FOLDERS.keys()
     _refuse_empty(videos, paths, by_split)
@@ -224,12 +232,34 @@ def _refuse_empty(videos: Path, paths: Sequence[str], by_split: bool) -> None:
         )
 
 
+def _rows_of_tars(videos: Path, tars: Sequence[str]) -> Labels:
+    """Every video in the tars. Its split is what its `.json` says, or else the tar's name or folder, where all tars have one."""
+    named = {tar: words.pop() for tar in tars if len(words := _split_words(tar)) == 1}
+    rows, stated = [], True
+    for tar in tars:
+        for video in videos_of(videos / tar):
+            stated = stated and bool(video.split)
+            where = f"{videos / tar}, {video.name!r}"
+            part = (tar, video.offset, video.size)
+            rows.append(Row(where, "", 0, f"{tar}/{video.name}", video.label, (video.split,), video.group, part=part))
+    if rows and stated:
+        return Labels(rows=rows, split_columns=["split"], format="tars")
+    by_name = len(named) == len(tars)
+    again = [replace(row, splits=(named[row.part[0]],) if by_name else ()) for row in rows if row.part]
+    return Labels(rows=again, split_columns=["split"] if by_name and tars else [], format="tars")
+
+
 def _items(videos: Path, stated: str) -> tuple[list[str], str]:
     """(paths of what are items, which of FOLDER_FORMATS they are)."""
     paths = sorted(walk(videos)) if stated in ("auto", "folders") else []
     if paths or stated == "folders":
         return paths, "folders"
+    tars = sorted(walk(videos, {".tar"}))
+    if stated == "tars":
+        return tars, "tars"
     homes = {path.rpartition("/")[0] for path in walk(videos, IMAGE_SUFFIXES)}
+    if tars and not homes and stated == "auto":
+        return tars, "tars"
     by_split = {home.partition("/")[0] for home in homes} <= SPLIT_FOLDERS.keys()
     deep = {home.count("/") > by_split for home in homes}
     if stated == "auto" and len(deep) > 1:

@@ -30,6 +30,7 @@ class Source:
 
     size: of the file in bytes. start_s, end_s: the wanted window in seconds, None for the video's own start and end.
     num_frames: of a folder of numbered pictures, as listed or else as found; None for a file.
+    tar, offset: of a video in a tar, where it is: relative to the videos folder, in bytes.
     """
 
     key: str
@@ -41,6 +42,13 @@ class Source:
     start_s: float | None
     end_s: float | None
     num_frames: int | None = None
+    tar: str = ""
+    offset: int = 0
+
+    @property
+    def file(self) -> str:
+        """What is there to be opened: the tar, or the path itself."""
+        return self.tar or self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +153,7 @@ def _sources(videos: Path, labels: Labels) -> tuple[list[Source], list[Source]]:
     folder = _Folder(os.path.realpath(videos))
     seen: dict[tuple[str, float | None, float | None], Row] = {}
     for row in sorted(labels.rows, key=lambda row: (row.path, row.start_s, row.end_s)):
-        path, size, num_frames = folder.find(row)
+        path, size, num_frames = folder.find(row) if row.part is None else folder.find_part(row)
         start_s, end_s = _seconds(row, "start_s", row.start_s), _seconds(row, "end_s", row.end_s)
         if start_s is not None and end_s is not None and start_s >= end_s:
             raise ManifestError(f"{row.where}: start_s {start_s:g} is not before end_s {end_s:g}.")
@@ -165,6 +173,8 @@ def _sources(videos: Path, labels: Labels) -> tuple[list[Source], list[Source]]:
             start_s=start_s,
             end_s=end_s,
             num_frames=num_frames,
+            tar=row.part[0] if row.part else "",
+            offset=row.part[1] if row.part else 0,
         )
         (absent if size is None else present).append(source)
     return present, absent
@@ -211,6 +221,13 @@ class _Folder:
                 num_frames = int(row.num_frames)
             return path.replace(os.sep, "/"), size, num_frames
         return path.replace(os.sep, "/"), size, None
+
+    def find_part(self, row: Row) -> tuple[str, int, None]:
+        """The same for a video in a tar, whose name there is a name alone. Raises ManifestError when the tar is a link that leads out."""
+        assert row.part is not None
+        tar, _, size = row.part
+        self._size(tar, row)
+        return "".join(letter if letter.isprintable() else "_" for letter in row.path), size, None
 
     def _size(self, path: str, row: Row) -> tuple[int | None, bool]:
         """(size in bytes, None for nothing there; whether it is a folder)."""

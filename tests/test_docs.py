@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from jobs import recipe_reference, synthesize
+from tests.pipeline.test_pictures import numbered_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["tutorial.md", "howto/own-data.md", "howto/fine-tuning.md", "howto/report.md", "howto/kinetics.md", "howto/something-something.md"]
@@ -52,6 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         something["validation" if row["split"] == "val" else "train"].append({"id": str(number), "template": f"Moving [{row['label']}]"})
         lines[row["split"]].append(f"{row['path']} {len(row['label'])}")
     official["val"].append({"label": "left", "youtube_id": "gone_gone_1", "time_start": "0", "time_end": "10", "split": "val"})
+    for name in ("left/a", "left/b", "right/c"):
+        numbered_folder(home / "frames" / name, range(1, 13))
     for split, clips in official.items():
         write_labels(home / "kinetics" / f"{split}.csv", clips)
     for split, entries in something.items():

@@ -14,6 +14,8 @@ PURE = [
     "pipeline.labels",
     "pipeline.label_file",
     "pipeline.downloads",
+    "pipeline.frame_folder",
+    "pipeline.tar_source",
     "pipeline.manifest",
     "pipeline.index",
     "pipeline.order",

@@ -19,6 +19,7 @@ from tests.jobs.test_build import snapshot
 from tests.jobs.test_build_append import numbers_in
 from tests.pipeline.numbered import encode, number_image
 from tests.pipeline.test_pictures import numbered_folder, png
+from tests.pipeline.test_tar_source import write_tar
 
 GOP = 8
 
@@ -110,3 +111,28 @@ def test_folders_of_frames_and_of_images(tmp_path: Path) -> None:
         (tmp_path / "images" / name).write_bytes(png(number_image(number)))
     make(tmp_path / "images", None, tmp_path / "images-data")
     assert numbers_in(tmp_path / "images-data", tmp_path) == {"run/1": [0], "jump/x": [1]}
+
+
+def test_tars_are_a_source(tmp_path: Path) -> None:
+    videos = tmp_path / "tars"
+    numbers: dict[str, list[int]] = {}
+    for split, first in (("train", 0), ("val", 100)):
+        members: list[tuple[str, bytes]] = [("bad.cls", b"0"), ("bad.mp4", b"no video")]
+        for label in (0, 1):
+            start, length = first + 20 * label, 9 + label
+            members += [(f"../{label}.cls", b"%d" % label), (f"../{label}.mp4", encode(length, first=start))]
+            numbers[f"{split}-0_tar/__/{label}"] = list(range(start, start + length))
+        write_tar(videos / f"{split}-0.tar", members)
+    out = tmp_path / "data"
+    info = make(videos, None, out)
+    dataset = Dataset.open(out)
+    assert numbers_in(out, tmp_path) == numbers
+    assert (info.num_quarantined, len(dataset.rows("split", "val")), info.classes) == (2, 2, ["0", "1"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "one.mp4", "tars"]
+    assert make(videos, None, out) == info
+    assert validate.run(out) == []
+    again = make(out / "shards", None, tmp_path / "again")  # a dataset's own shards are tars like any other
+    assert (again.num_items, again.classes) == (4, ["0", "1"])
+    paths = {"videos": str(videos), "dir": str(tmp_path / "dry")}
+    estimate = dry_run.run(parse_overrides({"data": paths}, []))
+    assert (estimate.labels, estimate.videos, len(estimate.refused)) == ("WebDataset tars (data.format=tars)", 6, 2)
