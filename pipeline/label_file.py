@@ -116,7 +116,10 @@ def read_classes(path: Path) -> list[str]:
 
 
 def _names(line: str, delimiter: str) -> list[str]:
-    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:  # no line of a table, for example one that never ends
+        return []
 
 
 def _is_row(line: str) -> bool:
