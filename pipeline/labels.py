@@ -5,6 +5,7 @@ Several label files are one list; each that has no split column of its own is a 
 
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +24,9 @@ SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "validate": "val", "valid":
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a label file, still as text. splits: a name per split column. file, unit, number: where it stands.
+    """One row of a label file, still as text. splits: a name per split column.
 
+    file, unit, number: where it stands; without a unit, `file` is the folder in which `path` was found.
     part: (tar, offset, size in bytes) of a video in a tar.
     """
 
@@ -43,7 +45,7 @@ class Row:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.file}, {self.unit} {self.number}" if self.unit else self.file
+        return f"{self.file}, {self.unit} {self.number}" if self.unit else f"{self.file}/{self.path}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,14 +153,16 @@ def _rows(table: Table, file: str, columns: Sequence[str], split: str) -> Iterat
     path, label = place.get("path", place.get("youtube_id", 0)), place["label"]
     official = table.format.startswith("kinetics")
     optional = [place.get(name) for name in ("group", *(("time_start", "time_end") if official else ("start_s", "end_s")), "num_frames")]
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal texts are kept once: there may be millions of rows
     for number, record in table.records:
         splits = tuple(record[at].strip() for at in own) if own else (split,) * len(columns)
         if official:
             splits = tuple(SPLIT_WORDS.get(name, name) for name in splits)
         if own and split and splits[0] != split:
             raise ManifestError(f"{file}, {table.unit} {number}: its split is '{splits[0]}', but the file was stated to be all '{split}'.")
+        splits, name = known.setdefault(splits, splits), sys.intern(record[label].strip())
         group, start_s, end_s, num_frames = (record[at].strip() if at is not None else "" for at in optional)
-        yield Row(file, table.unit, number, record[path].strip(), record[label].strip(), splits, group, start_s, end_s, num_frames)
+        yield Row(file, table.unit, number, record[path].strip(), name, splits, sys.intern(group), start_s, end_s, num_frames)
 
 
 def _located(rows: Iterator[Row], downloads: Downloads, by_id: list[str], *, whole: bool) -> Iterator[Row]:
@@ -214,7 +218,8 @@ def rows_of_folder(videos: Path, stated: str = "auto") -> Labels:
             raise ManifestError(
                 f"{videos / path} lies in no class folder. Move each video into a subfolder named after its class, or give a label file."
             )
-        rows.append(Row(f"{videos}/{path}", "", 0, path, label.strip(), (SPLIT_FOLDERS[parts[0]],) if by_split else ()))
+        splits = (SPLIT_FOLDERS[parts[0]],) if by_split else ()
+        rows.append(Row(str(videos), "", 0, path, sys.intern(label.strip()), splits))
     return Labels(rows=rows, split_columns=["split"] if by_split else [], format=kind)
 
 
@@ -239,9 +244,8 @@ def _rows_of_tars(videos: Path, tars: Sequence[str]) -> Labels:
     for tar in tars:
         for video in videos_of(videos / tar):
             stated = stated and bool(video.split)
-            where = f"{videos / tar}, {video.name!r}"
             part = (tar, video.offset, video.size)
-            rows.append(Row(where, "", 0, f"{tar}/{video.name}", video.label, (video.split,), video.group, part=part))
+            rows.append(Row(str(videos), "", 0, f"{tar}/{video.name}", sys.intern(video.label), (video.split,), video.group, part=part))
     if rows and stated:
         return Labels(rows=rows, split_columns=["split"], format="tars")
     by_name = len(named) == len(tars)

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import stat
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,9 +165,9 @@ def _sources(videos: Path, labels: Labels) -> tuple[list[Source], list[Source]]:
         source = Source(
             key=_key(path, start_s, end_s, taken) if size is not None else "",
             path=path,
-            label=sys.intern(row.label),
-            splits=tuple(sys.intern(name) for name in row.splits),
-            group=sys.intern(row.group),
+            label=row.label,
+            splits=row.splits,
+            group=row.group,
             size=size or 0,
             start_s=start_s,
             end_s=end_s,

@@ -48,6 +48,8 @@ class _Member:
 
 def videos_of(tar: Path) -> Iterator[TarVideo]:
     """The videos of a tar, in its order. Raises ManifestError naming the tar and the member for what is no tar or has no label."""
+    if not tar.is_file():  # a pipe called so would be waited for
+        raise ManifestError(f"{tar} is not a regular file. Remove it.")
     with tar.open("rb") as file:
         sample: dict[str, _Member] = {}
         current = None

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from jobs import coverage
 from jobs.errors import RecipeError
-from jobs.recipe import label_files, load_recipe, parse_overrides
+from jobs.recipe import Format, label_files, load_recipe, parse_overrides
+from pipeline.label_file import FOLDER_FORMATS, FORMATS
 from pipeline.manifest import list_videos
 from tests.pipeline.test_labels import KINETICS, write
 from tests.pipeline.test_manifest import touch
@@ -65,5 +67,6 @@ def test_label_files_of_the_command_line_and_of_recipes(tmp_path: Path) -> None:
     again = load_recipe(str(write(recipe, load_recipe(str(recipe)).to_yaml()))).data
     assert again == data
     assert parse_overrides({}, ["data.labels=[a.csv, b.csv]"]).data.labels == (Path.cwd() / "a.csv", Path.cwd() / "b.csv")
+    assert set(get_args(Format)) == {"auto", *FORMATS, *FOLDER_FORMATS}
     with pytest.raises(RecipeError, match=r"data\.format \(line 10\): got 'kinetic'"):
         load_recipe(str(recipe), ["data.format=kinetic"])

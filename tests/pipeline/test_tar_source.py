@@ -116,6 +116,9 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     with pytest.raises(RejectedError) as caught:
         copy_video(tmp_path / "gone.tar", 0, 1, tmp_path / "copy", LIMITS)
     assert caught.value.reason == Reason.MISSING
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ManifestError, match="not a regular file"):
+        list(videos_of(tmp_path / "pipe.tar"))
     huge = bytearray(_header(b"long", 1 << 40, b"x"))
     for data, part in (
         (bytes(huge) + whole, "the name of a member at byte 0 has 1099511627776 bytes"),
