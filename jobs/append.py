@@ -20,10 +20,11 @@ import click
 
 from jobs.build_commit import collect, commit, libraries, missing_rows, read_quarantine
 from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
-from jobs.build_tasks import build_shards, request_of, shard_tasks
+from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
-from pipeline.manifest import Manifest, Source, ordered_classes, read_manifest
+from pipeline.labels import LabelFiles
+from pipeline.manifest import WINDOW_MARK, Manifest, Source, ordered_classes, read_manifest, summary
 from pipeline.media import check_encoder
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import TRIED_AGAIN
@@ -46,8 +47,9 @@ class Appended:
 def run(
     *,
     videos: Path,
-    labels: Path | None,
+    labels: LabelFiles,
     out: Path,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -65,8 +67,12 @@ def run(
             check_encoder(encode)
             seed, size_mib = (int(str(dataset.info.build[name])) for name in ("seed", "shard_size_mib"))
             held = _held_groups(dataset)
-            manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held)
+            manifest = read_manifest(
+                videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held
+            )
+            click.echo(summary(manifest), err=True)
             _check_splits(dataset, manifest)
+            check_frames(manifest, encode)
             drawn = [replace(source, splits=()) for source in manifest.sources] if manifest.drawn else manifest.sources
             asked = replace(manifest, sources=drawn)  # which split a video was drawn into depends on the dataset as well
             request = request_of(asked, encode=encode, limits=limits, shard_size_mib=size_mib, seed=seed)
@@ -91,7 +97,7 @@ def read_again(
     dataset = Dataset.open(out)
     waiting = {_place(row) for row in read_quarantine(dataset) if row["reason"] in TRIED_AGAIN}
     again = [source for source in sources if (source.path, source.start_s, source.end_s) in waiting]
-    if not any(_opens(videos / source.path) for source in again):
+    if not any(_opens(videos / source.file) for source in again):
         return info
     with only_builder(out):
         request: dict[str, object] = {"videos": f"{len(again)} that could not be read before"}
@@ -100,6 +106,8 @@ def read_again(
 
 def _opens(path: Path) -> bool:
     try:
+        if path.is_dir():
+            return any(path.iterdir())
         with path.open("rb") as file:
             return bool(file.read(1))
     except OSError:
@@ -145,7 +153,7 @@ def _appended(info: DatasetInfo) -> list[object]:
 
 
 def _refuse_known(dataset: Dataset, sources: Sequence[Source]) -> None:
-    known = set(dataset.table.column("key").to_pylist())
+    known = {key.partition(WINDOW_MARK)[0] for key in dataset.table.column("key").to_pylist()}
     double = [source for source in sources if source.key in known]
     if double:
         listed = ", ".join(source.path for source in double[:SHOWN])

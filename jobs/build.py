@@ -17,15 +17,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
 from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
-from jobs.build_tasks import build_shards, request_of, shard_tasks, splits_of
+from jobs.build_shard import transcode
+from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
 from pipeline.errors import DatasetError
 from pipeline.index import DatasetInfo, read_info
-from pipeline.manifest import Manifest, Source, read_manifest
+from pipeline.labels import LabelFiles
+from pipeline.manifest import Manifest, Source, read_manifest, summary
 from pipeline.media import check_encoder
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
@@ -44,6 +48,7 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
     return run(
         videos=data.videos,
         labels=data.labels,
+        format=data.format,
         out=recipe.dataset_dir,
         encode=data.encode,
         limits=data.limits,
@@ -57,12 +62,13 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
 def run(
     *,
     videos: Path,
-    labels: Path | None,
+    labels: LabelFiles,
     out: Path,
     encode: EncodeOptions,
     limits: LimitOptions,
     shard_size_mib: int = 128,
     seed: int = 0,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -73,7 +79,9 @@ def run(
     full, another build at work, an encoder option that x264 does not know).
     """
     check_encoder(encode)
-    manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
+    manifest = read_manifest(videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
+    click.echo(summary(manifest), err=True)
+    check_frames(manifest, encode)
     asked = request_of(manifest, encode=encode, limits=limits, shard_size_mib=shard_size_mib, seed=seed)
     with explained(out):
         if (out / "dataset.json").is_file():
@@ -143,7 +151,7 @@ def _measure_ratio(folder: Path, videos: Path, sources: Sequence[Source], encode
             begin = source.start_s or 0.0
             end = min(begin + SAMPLED_S, source.end_s if source.end_s is not None else begin + SAMPLED_S)
             try:
-                report = worker.transcode(videos / source.path, Path(work) / "sample.mp4", source.start_s, end)
+                report = transcode(worker, videos, source, Path(work) / "sample.mp4", limits, end)
             except RejectedError:
                 continue
             num_frames = report.source.duration_s * report.source.fps

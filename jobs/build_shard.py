@@ -6,20 +6,23 @@ The tar is renamed into place first, its record last: rows of the index, and of 
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.durable import committed
+from pipeline.errors import DatasetError
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
-from pipeline.manifest import Source
+from pipeline.manifest import WINDOW_MARK, Source
 from pipeline.media import MediaReport
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
+from pipeline.segments import cut_evenly
 from pipeline.shards import NAME, Member, ShardWriter
+from pipeline.tar_source import copy_video
 
 READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read is read again
 
@@ -77,12 +80,13 @@ def build_shard(task: ShardTask) -> int:
         video = Path(work) / "video.mp4"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                report = _transcode(worker, task.videos / source.path, video, source)
+                report = _transcode(worker, task, source, video)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
-            member = writer.add(source.key, label, _facts(source, label, report), video)
-            rows.append(_row(task, source, label, codes, report, member))
+            for piece in _pieces(video, source.key, report, task.encode):
+                member = writer.add(piece.key, label, _facts(source, label, report, piece), piece.path)
+                rows.append(_row(task, source, label, codes, report, piece, member))
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
@@ -92,28 +96,72 @@ def build_shard(task: ShardTask) -> int:
     return len(rejects)
 
 
-def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> MediaReport:
-    """As the worker does it, but storage that fails gets some more chances. Raises RejectedError."""
+def transcode(
+    worker: MediaWorker, videos: Path, source: Source, destination: Path, limits: LimitOptions, end_s: float | None = None
+) -> MediaReport:
+    """What the worker makes of a source, at `destination`; of a video in a tar, through a copy beside that, under a name of ours.
+
+    end_s: where to stop, instead of the source's own end. Raises RejectedError.
+    """
+    wanted = source.start_s, source.end_s if end_s is None else end_s, source.num_frames
+    if not source.tar:
+        return worker.transcode(videos / source.path, destination, *wanted)
+    copy = destination.with_name(f"source{Path(source.path).suffix}")
+    try:
+        copy_video(videos / source.tar, source.offset, source.size, copy, limits)
+        return worker.transcode(copy, destination, *wanted)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _transcode(worker: MediaWorker, task: ShardTask, source: Source, video: Path) -> MediaReport:
+    """The same, but storage that fails gets some more chances."""
     for delay_s in READ_AGAIN_S:
         try:
-            return worker.transcode(path, video, source.start_s, source.end_s)
+            return transcode(worker, task.videos, source, video, task.limits)
         except RejectedError as rejected:
             if rejected.reason != Reason.READ_FAILED:
                 raise
         time.sleep(delay_s)
-    return worker.transcode(path, video, source.start_s, source.end_s)
+    return transcode(worker, task.videos, source, video, task.limits)
 
 
-def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """What becomes one item: a video, or one of the windows that a long one is cut into. window: where in the video, None for all."""
+
+    key: str
+    path: Path
+    num_frames: int
+    window: dict[str, int] | None = None
+
+
+def _pieces(video: Path, key: str, report: MediaReport, encode: EncodeOptions) -> Iterator[_Piece]:
+    """The canonical video as one piece or, where it is too long for one, as several that hold every frame of it once."""
+    longest = encode.max_member_s
+    if longest is None or report.num_frames <= longest * report.fps:
+        yield _Piece(key=key, path=video, num_frames=report.num_frames)
+        return
+    begin, path = 0, video.with_name("window.mp4")
+    for number, num_frames in enumerate(cut_evenly(video, path, max(1, int(longest * report.fps) // encode.gop))):
+        window = {"number": number, "begin": begin, "of_frames": report.num_frames}
+        yield _Piece(key=f"{key}{WINDOW_MARK}{number:04d}", path=path, num_frames=num_frames, window=window)
+        begin += num_frames
+    if begin != report.num_frames:
+        raise DatasetError(f"video '{key}' has {report.num_frames} frames, its windows {begin}: a fault of ours, please report it.")
+
+
+def _facts(source: Source, label: int, report: MediaReport, piece: _Piece) -> dict[str, object]:
     """The `.json` member: what a reader of the tars alone may want to know."""
     return {
+        **({} if piece.window is None else {"window": piece.window}),
         "label": label,
         "class": source.label,
         "path": source.path,
         "group": source.group,
         "start_s": source.start_s,
         "end_s": source.end_s,
-        "num_frames": report.num_frames,
+        "num_frames": piece.num_frames,
         "fps": report.fps,
         "width": report.width,
         "height": report.height,
@@ -122,9 +170,11 @@ def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]
     }
 
 
-def _row(task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, member: Member) -> dict[str, object]:
+def _row(
+    task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, piece: _Piece, member: Member
+) -> dict[str, object]:
     return {
-        "key": source.key,
+        "key": piece.key,
         "source": source.path,
         "group": source.group,
         "label": label,
@@ -133,7 +183,7 @@ def _row(task: ShardTask, source: Source, label: int, codes: list[int], report: 
         "size": member.size,
         "crc32": member.crc32,
         "begin": 0,
-        "end": report.num_frames,
+        "end": piece.num_frames,
         "fps": report.fps,
         "width": report.width,
         "height": report.height,

@@ -21,6 +21,14 @@ LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help=
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+LABELS = click.option(
+    "--labels",
+    multiple=True,
+    metavar="[SPLIT=]FILE",
+    help="CSV, TSV, JSONL or Parquet with path,label[,split...,group,start_s,end_s]; the official CSV of Kinetics; JSON of "
+    "Something-Something; lists of PySlowFast and MMAction2. May be repeated. Without it: class = subfolder.",
+)
+FORMAT = click.option("--format", "format_", metavar="FORMAT", help="Of the label files, where it must not be told from their content.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -57,23 +65,25 @@ def data() -> None:
 
 @data.command("build")
 @click.option("--videos", type=FOLDER, required=True, help="Folder of raw videos.")
-@click.option("--labels", type=FILE, help="CSV or Parquet with path,label[,split...,group,start_s,end_s]. Without it: class = subfolder.")
+@LABELS
+@FORMAT
 @click.option("--out", type=FOLDER, required=True, help="Folder of the dataset, made if missing.")
 @click.option("--dry-run", is_flag=True, help="Try some videos and say what the build would take; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: machine-readable.")
 @OVERRIDES
-def data_build(videos: Path, labels: Path | None, out: Path, dry_run: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def data_build(
+    videos: Path, labels: tuple[str, ...], format_: str | None, out: Path, dry_run: bool, as_json: bool, overrides: tuple[str, ...]
+) -> None:
     """Verify, transcode and shard a folder of videos. KEY=VALUE sets keys of the recipe's data section: encode.gop=16.
 
     The same command resumes, and tries videos again that could not be read. With --dry-run exit code 1 means: not enough disk.
     """
     from jobs import build
     from jobs import dry_run as trial
-    from jobs.recipe import parse_overrides
+    from jobs.recipe import label_files, parse_overrides
 
-    sections = [f"data.{override}" for override in overrides]
-    paths = {"videos": str(videos), "labels": None if labels is None else str(labels), "dir": str(out)}
-    recipe = parse_overrides({"data": paths}, sections)
+    given = {"videos": str(videos), "labels": label_files(labels), "dir": str(out), **({"format": format_} if format_ else {})}
+    recipe = parse_overrides({"data": given}, [f"data.{override}" for override in overrides])
     if not dry_run:
         build.build_dataset(recipe)
         return
@@ -87,20 +97,43 @@ def data_build(videos: Path, labels: Path | None, out: Path, dry_run: bool, as_j
 
 @data.command("append")
 @click.option("--videos", type=FOLDER, required=True, help="Folder of the new videos.")
-@click.option("--labels", type=FILE, help="CSV or Parquet as for a build, with the dataset's split columns. Without it: class = subfolder.")
+@LABELS
+@FORMAT
 @click.option("--out", type=FOLDER, required=True, help="Folder of the dataset that grows.")
 @click.option("--allow-missing", is_flag=True, help="Go on without files that the labels name and the folder lacks.")
 @click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True)
-def data_append(videos: Path, labels: Path | None, out: Path, allow_missing: bool, val_fraction: float) -> None:
+def data_append(videos: Path, labels: tuple[str, ...], format_: str | None, out: Path, allow_missing: bool, val_fraction: float) -> None:
     """Add new videos to a dataset as new shards; what is in it stays byte for byte, classes keep their numbers.
 
-    Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels name no split; a group stays in its split.
-    The fingerprint changes: runs that began on the old dataset do not resume on the new one.
+    Labels need the dataset's split columns. Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels
+    name no split; a group stays in its split. The fingerprint changes: runs that began on the old dataset do not resume on the new one.
     """
     from jobs import append
+    from jobs.recipe import parse_labels
 
-    done = append.run(videos=videos, labels=labels, out=out, allow_missing=allow_missing, val_fraction=val_fraction)
+    said = parse_labels(videos, labels, format_)
+    done = append.run(
+        videos=videos, labels=said.labels, format=said.format, out=out, allow_missing=allow_missing, val_fraction=val_fraction
+    )
     append.show(out, done)
+
+
+@data.command("coverage")
+@click.option("--videos", type=FOLDER, required=True, help="Folder of the videos that there are.")
+@LABELS
+@FORMAT
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, with the paths of all that are missing.")
+def data_coverage(videos: Path, labels: tuple[str, ...], format_: str | None, as_json: bool) -> None:
+    """Count how many of the videos that a label file lists are there, per class and per split: whose Kinetics is this?"""
+    from jobs import coverage as verb
+    from jobs.recipe import parse_labels
+
+    said = parse_labels(videos, labels, format_)
+    found = verb.run(videos, said.labels, said.format)
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        verb.show(found)
 
 
 @data.command("validate")
@@ -410,6 +443,15 @@ def bench_memory(num_videos: int) -> None:
 
     for name, value in verb.run(num_videos).items():
         click.echo(f"{name}: {value}")
+
+
+@bench.command("labels")
+@click.option("--videos", "num_videos", type=click.IntRange(min=400), default=300_000, show_default=True, help="Empty files that are made.")
+def bench_labels(num_videos: int) -> None:
+    """Seconds and memory to read labels and find their videos, in every format."""
+    from jobs import bench_labels as verb
+
+    click.echo(verb.table(verb.run(num_videos)))
 
 
 @bench.command("augment")

@@ -25,6 +25,9 @@ from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOp
 
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
+Format = Literal[  # those of pipeline.label_file
+    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images", "tars"
+]  # fmt: skip
 
 
 class Section(pydantic.BaseModel):
@@ -43,7 +46,9 @@ class RunSection(Section):
 class DataSection(Section):
     """Raw videos, the dataset built from them, and which of its splits are trained on and reported.
 
-    videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
+    videos: folder of raw videos.
+    labels: a label file, a list of them, or one per split: {train: FILE, val: FILE}; None: class = subfolder.
+    format: of the label files, or of the folders where there are none; auto tells it from their content.
     dir: the built dataset; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
@@ -52,7 +57,8 @@ class DataSection(Section):
     """
 
     videos: Path | None = None
-    labels: Path | None = None
+    labels: Path | tuple[Path, ...] | dict[str, Path] | None = None
+    format: Format = "auto"
     dir: Path | None = None
     split_column: str = "split"
     train_split: str = "train"
@@ -225,6 +231,23 @@ def parse_overrides(values: Mapping[str, object], overrides: Sequence[str]) -> R
     return _with_absolute_paths(parse_recipe(merged, where="the command line"), None)
 
 
+def label_files(given: Sequence[str]) -> str | list[str] | dict[str, str] | None:
+    """The value of data.labels for what was given on the command line: FILE or SPLIT=FILE, any number of times."""
+    pairs = [text.partition("=") if not os.path.exists(text) else ("", "", text) for text in given]
+    stated = [(split, path) for split, equals, path in pairs if equals]
+    if stated and len(dict(stated)) != len(given):
+        raise RecipeError(f"--labels {' '.join(given)}: state the split of every file, each once, as in train=a.csv val=b.csv, or of none.")
+    if stated:
+        return dict(stated)
+    return given[0] if len(given) == 1 else list(given) or None
+
+
+def parse_labels(videos: Path, given: Sequence[str], format: str | None) -> DataSection:
+    """The data section for labels given on the command line, checked, paths absolute."""
+    values = {"videos": str(videos), "labels": label_files(given), **({"format": format} if format else {})}
+    return parse_overrides({"data": values}, []).data
+
+
 def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None = None) -> Recipe:
     """Typed recipe from plain values. Raises RecipeError naming every wrong key at once."""
     try:
@@ -239,7 +262,8 @@ def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None 
 
 
 def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe:
-    data = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "labels", "dir")}
+    data: dict[str, object] = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "dir")}
+    data["labels"] = _absolute_labels(recipe.data.labels)
     run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
     train = recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)})
     return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data), "train": train})
@@ -346,6 +370,14 @@ def _line(key: str, lines: Mapping[str, int]) -> str:
             return f" (line {lines[key]})"
         key = key.rpartition(".")[0]
     return ""
+
+
+def _absolute_labels(labels: Path | Sequence[Path] | Mapping[str, Path] | None) -> Path | tuple[Path, ...] | dict[str, Path] | None:
+    if isinstance(labels, Mapping):
+        return {split: Path(os.path.abspath(path.expanduser())) for split, path in labels.items()}
+    if isinstance(labels, Sequence):
+        return tuple(Path(os.path.abspath(path.expanduser())) for path in labels)
+    return _absolute(labels)
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -29,7 +29,8 @@ from pipeline.errors import PipelineError
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.picture import CanonicalPicture, Recolour
 from pipeline.quarantine import Reason, RejectedError
-from pipeline.source_video import DEFAULT_RATE, SourceFacts, decode, facts_of, opened, refuse_truncated, timed, video_stream
+from pipeline.source_pictures import are_pictures, read_pictures
+from pipeline.source_video import DEFAULT_RATE, SourceFacts, read_video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +51,24 @@ class MediaReport:
 
 
 def verify_and_transcode(
-    source: Path, destination: Path, encode: EncodeOptions, limits: LimitOptions, start_s: float | None = None, end_s: float | None = None
+    source: Path,
+    destination: Path,
+    encode: EncodeOptions,
+    limits: LimitOptions,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    num_frames: int | None = None,
 ) -> MediaReport:
     """Decodes all of `source` (or the frames in [start_s, end_s) seconds of it) once and writes the canonical form to `destination`.
 
+    source: a video, a picture, or a folder of numbered pictures, of which there must be `num_frames` where that is stated.
+
     Raises RejectedError when the source is damaged or over a limit, OSError when `destination` cannot be written.
     """
-    with opened(source, limits) as container:
-        stream = video_stream(container, limits)
-        facts = facts_of(container, stream, source)
-        refuse_truncated(container, stream, facts.size)
-        rate = Fraction(facts.fps).limit_denominator(1001)
-        decoded = _Counted(within(timed(decode(container, stream, limits), stream, 1 / rate), start_s, end_s))
+    pictured = are_pictures(source)
+    with read_pictures(source, limits, encode.frames_fps, num_frames) if pictured else read_video(source, limits) as reading:
+        rate = Fraction(reading.facts.fps).limit_denominator(1001)
+        decoded = _Counted(within(reading.frames, start_s, end_s))
         frames = iter(decoded)
         if encode.fps != "keep":
             frames = resample(frames, target := Fraction(encode.fps).limit_denominator(1001), limits.max_frames)
@@ -69,24 +76,24 @@ def verify_and_transcode(
         first = next(frames, None)
         if first is None:
             raise RejectedError(Reason.NO_FRAMES)
-        canonical = CanonicalPicture(first.frame, stream, encode.short_side)
+        canonical = CanonicalPicture(first.frame, reading.aspect, encode.short_side)
         pictures = (canonical(each.frame) for each in chain([first], frames))
         try:
             written = _encode(destination, pictures, (canonical.width, canonical.height), rate, encode)
         except av.error.FFmpegError as error:
             raise _refused(error) from None
-    num_frames = _count_packets(destination)
-    if num_frames != written:
-        raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {num_frames} came out")
+    counted = _count_packets(destination)
+    if counted != written:
+        raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {counted} came out")
     return MediaReport(
-        num_frames=num_frames,
+        num_frames=counted,
         fps=float(rate),
         width=canonical.width,
         height=canonical.height,
         codec="h264",
         size=destination.stat().st_size,
         source_frames=decoded.count,
-        source=facts,
+        source=reading.facts,
     )
 
 

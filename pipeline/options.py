@@ -24,6 +24,9 @@ class EncodeOptions:
     fps: "keep" stamps each decodable frame once at the source's nominal rate; a number resamples by time.
     gop: frames between keyframes; GOPs are closed.
     crf, preset, tune: x264's names.
+    frames_fps: rate of videos that come as folders of numbered pictures; null: there are none.
+    max_member_s: a longer video is stored as several items, one after the other, as equal as whole groups of pictures allow, each of
+        at most so many seconds (or one group of pictures) and with the video's label; null: a video is one item however long.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -33,12 +36,18 @@ class EncodeOptions:
     crf: int = 23
     preset: str = "veryfast"
     tune: str = "fastdecode"
+    frames_fps: float | None = None
+    max_member_s: float | None = None
 
     def __post_init__(self) -> None:
         require(16 <= self.short_side <= 4096, "short_side", self.short_side, "16 to 4096 pixels")
         require(self.fps == "keep" or 0 < float(self.fps) <= 240, "fps", self.fps, "'keep' or a rate in (0, 240]")
         require(1 <= self.gop <= 1024, "gop", self.gop, "1 to 1024 frames")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51")
+        rate = self.frames_fps
+        require(rate is None or 0.1 <= rate <= 240, "frames_fps", rate, "a rate from 0.1 to 240, or null")
+        longest = self.max_member_s
+        require(longest is None or 1 <= longest <= 86_400, "max_member_s", longest, "1 to 86400 seconds, or null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

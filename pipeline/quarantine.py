@@ -19,6 +19,8 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_FRAMES = "too_many_frames"
     NO_FRAMES = "no_frames"
+    FRAMES_MISSING = "frames_missing"
+    FRAMES_DIFFER = "frames_differ"
     ENCRYPTED = "encrypted"
     TRUNCATED = "truncated"
     DAMAGED = "damaged"
@@ -45,6 +47,8 @@ _REASON_TEXTS = {
     Reason.TOO_MANY_PIXELS: "a frame has more than limits.max_pixels",
     Reason.TOO_MANY_FRAMES: "it has more frames than limits.max_frames",
     Reason.NO_FRAMES: "not one frame decodes (empty, encrypted, only headers, or nothing in the wanted time window)",
+    Reason.FRAMES_MISSING: "the numbers of a folder's pictures have gaps or doubles, or they are not as many as listed",
+    Reason.FRAMES_DIFFER: "the pictures of a folder have different sizes",
     Reason.ENCRYPTED: "its frames are encrypted (DRM), and there is no key",
     Reason.TRUNCATED: "the file ends before frames that its header lists, as after a broken download",
     Reason.DAMAGED: "the decoder reports damaged data; the detail says at which frame",

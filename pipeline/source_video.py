@@ -48,6 +48,27 @@ class SourceFacts:
     size: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A source that is being decoded. aspect: of a pixel, width to height. frames: in order, with their times from 0."""
+
+    facts: SourceFacts
+    aspect: Fraction
+    frames: Iterator[Timed[VideoFrame]]
+
+
+@contextmanager
+def read_video(path: Path, limits: LimitOptions) -> Iterator[Reading]:
+    """A video file, to decode within the block. Raises RejectedError, also while frames are taken."""
+    with opened(path, limits) as container:
+        stream = video_stream(container, limits)
+        facts = facts_of(container, stream, path)
+        refuse_truncated(container, stream, facts.size)
+        period = 1 / Fraction(facts.fps).limit_denominator(1001)
+        frames = timed(decode(container, stream, limits), stream, period)
+        yield Reading(facts=facts, aspect=stream.sample_aspect_ratio or Fraction(1), frames=frames)
+
+
 def probe(path: Path, limits: LimitOptions) -> SourceFacts:
     """What the headers of a video say. Raises RejectedError. Decodes at most what FFmpeg needs to find the streams' parameters."""
     with opened(path, limits) as container:
@@ -86,11 +107,14 @@ class _File:
 
 
 @contextmanager
-def opened(path: Path, limits: LimitOptions) -> Iterator[InputContainer]:
-    """The container of a video, to use within the block. Raises RejectedError, also when a read within the block failed."""
+def opened(path: Path, limits: LimitOptions, format: str | None = None) -> Iterator[InputContainer]:
+    """The container of a video, to use within the block. format: FFmpeg's name where it is known, None: any of FORMATS.
+
+    Raises RejectedError, also when a read within the block failed.
+    """
     file = _open_file(path, limits)
     try:
-        with _open_container(file, limits) as container:
+        with _open_container(file, limits, format) as container:
             yield container
     except Exception:
         if file.error is None:  # otherwise it is no more than what a failed read led to
@@ -117,11 +141,11 @@ def _open_file(path: Path, limits: LimitOptions) -> _File:
         raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
 
 
-def _open_container(file: _File, limits: LimitOptions) -> InputContainer:
+def _open_container(file: _File, limits: LimitOptions, format: str | None) -> InputContainer:
     try:
-        safe = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        safe = {"protocol_whitelist": "file", "format_whitelist": format or FORMATS}
         codec = {"max_pixels": str(limits.max_pixels), "threads": "1"}
-        return av.open(file, "r", container_options=safe, options=codec, metadata_errors="replace", buffer_size=BUFFER_BYTES)
+        return av.open(file, "r", format=format, container_options=safe, options=codec, metadata_errors="replace", buffer_size=BUFFER_BYTES)
     except (av.error.MemoryError, MemoryError):
         raise RejectedError(Reason.OUT_OF_MEMORY, "while reading its header") from None
     except av.error.FFmpegError as error:
