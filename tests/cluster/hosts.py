@@ -45,7 +45,12 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 print("READY", flush=True)
 sys.stdin.read()
 """
-TRIAL = "ip link set lo up; ip link add br0 type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br0; mount -t tmpfs t /mnt"
+TRIAL = """ip link set lo up
+ip link add br0 type bridge
+ip link add v0 type veth peer name v1
+ip link set v0 master br0
+mount -t tmpfs t /mnt
+"""
 
 
 def unsupported_reason() -> str | None:
@@ -53,7 +58,7 @@ def unsupported_reason() -> str | None:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if sys.platform != "linux" or missing:
         return f"needs Linux and the tools {', '.join(missing)} (packages util-linux, iproute2, hostname)"
-    inner = f"{TRIAL}; {' '.join(ISOLATE)} sh -c 'ip link set lo up'"
+    inner = f"{TRIAL}{' '.join(ISOLATE)} sh -c 'ip link set lo up'"
     tried = subprocess.run([*_outer(), "sh", "-ec", inner], capture_output=True, text=True, timeout=START_S, check=False)
     return f"namespaces are refused: {' '.join(tried.stderr.split())}" if tried.returncode else None
 

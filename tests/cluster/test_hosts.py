@@ -55,10 +55,13 @@ def test_a_host_has_what_is_its_own_and_loses_it_at_its_death(lab: hosts.Lab) ->
     ).stdout.split()
     assert seen == ["/tmp/shared/seen", "64"]
     assert answers(two, one)
-    sleeper = one.start("sleep", "600")
+    sleeper = one.start("sh", "-c", "echo here; sleep 600", stdout=subprocess.PIPE)
+    assert sleeper.stdout is not None
+    assert sleeper.stdout.readline() == "here\n"
     assert len(one.pids()) >= 2
     one.kill()
-    assert sleeper.wait(timeout=10) != 0
+    sleeper.communicate(timeout=10)
+    assert sleeper.returncode != 0
     assert one.pids() == []
     assert not answers(two, one)
     one.boot()
@@ -82,13 +85,12 @@ def test_a_link_is_cut_restored_and_delayed(lab: hosts.Lab) -> None:
 
 
 HARNESS = """
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 from tests.cluster.hosts import Lab
 with Lab(shared=Path(sys.argv[1])) as lab:
     host = lab.host("h1")
-    host.start("sleep", "601")
-    time.sleep(0.2)
+    host.start("sh", "-c", "echo here; sleep 601", stdout=subprocess.PIPE).stdout.readline()
     print(*host.pids(), flush=True)
     time.sleep(60)
 """
