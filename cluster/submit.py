@@ -5,6 +5,7 @@ without a token before anything is sent.
 """
 
 import ipaddress
+import logging
 import os
 import shlex
 import socket
@@ -95,10 +96,10 @@ class Jobs:
     def _connect(self) -> Any:
         from cluster.ray_session import ray  # with its settings; takes a second
 
-        from ray.dashboard.modules import dashboard_sdk  # isort: skip
         from ray.job_submission import JobSubmissionClient  # isort: skip
 
-        dashboard_sdk.logger.setLevel("WARNING")
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # which say what they upload
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         class Client(JobSubmissionClient):  # type: ignore[misc]
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -95,18 +96,27 @@ def status(run: str, address: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("kind", type=click.Choice(["ray-up-onprem", "ray-up-aws", "kuberay", "slurm"]))
+@click.argument("command", type=click.Choice(["train", "run"]))
 @click.argument("recipe")
-@click.option("--image", default="posmlp-video:latest", show_default=True, help="Container image with Ray, this package and what it needs.")
-@click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="Machines, or pods, that train.")
+@click.option("--storage", type=click.Path(path_type=Path), required=True, help="Where shared storage is mounted on every node.")
+@click.option("--source", default="posmlp-storage", show_default=True, help="What is mounted there: NFS export, PersistentVolumeClaim.")
+@click.option("--image", default="posmlp-video:latest", show_default=True, help="Container image with this package and what it needs.")
+@click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="How many train, the head included.")
 @click.option("--gpus", type=click.IntRange(min=0), default=8, show_default=True, help="GPUs of each; 0 trains on CPUs.")
 @click.option("--cpus", type=click.IntRange(min=1), default=64, show_default=True, help="CPU cores of each.")
 @click.option("--memory-gib", type=click.IntRange(min=1), default=256, show_default=True, help="Memory of each.")
-@click.option("--hosts", default="", help="For ray-up-onprem: addresses, separated by commas; the first is the head.")
-@click.option("--storage", type=click.Path(path_type=Path), help="Shared folder that is mounted on every node.  [default: holds run.dir]")
+@click.option("--hosts", default="", help="For ray-up-onprem: addresses, separated by commas, the head's first.")
+@click.option("--user", default="ubuntu", show_default=True, help="For ray-up-onprem: who logs in there.")
+@click.option("--region", default="us-west-2", show_default=True, help="For ray-up-aws.")
+@click.option("--instance-type", default="g6.12xlarge", show_default=True, help="For ray-up-aws.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def manifest(kind: str, recipe: str, overrides: tuple[str, ...], **options: object) -> None:
-    """Print what starts a cluster for a recipe: for 'ray up', for the KubeRay operator, or for Slurm."""
+def manifest(kind: str, command: str, recipe: str, hosts: str, overrides: tuple[str, ...], **options: Any) -> None:
+    """Print what starts a cluster for 'posmlp COMMAND RECIPE': for 'ray up', the KubeRay operator, or Slurm.
+
+    The token that protects it is referenced, never written. What the recipe reads and writes must be on the shared storage.
+    """
     from jobs import manifest as verb
     from jobs.recipe import load_recipe
 
-    click.echo(verb.run(kind, load_recipe(recipe, overrides), **options), nl=False)
+    machines = verb.Machines(hosts=tuple(filter(None, hosts.split(","))), **options)
+    click.echo(verb.run(kind, command, load_recipe(recipe, overrides), machines), nl=False)

@@ -105,7 +105,7 @@ def reach(question: dict) -> str:  # type: ignore[type-arg]
 
     from cluster.nodes import interface_of
 
-    os.environ["GLOO_SOCKET_IFNAME"] = interface_of(question["address"])
+    os.environ.update(GLOO_SOCKET_IFNAME=interface_of(question["address"]), TORCH_CPP_LOG_LEVEL="ERROR")
     import torch
     import torch.distributed as dist
 

@@ -39,12 +39,19 @@ def begin_ray(
     give_token(host)
     # A new port after each boot: what the head still has open to a host that lost its power must not be taken for the new one.
     port = 7100 + 10 * host.boots
-    words = [
-        BIN / "python", "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host.address}", "--temp-dir=/tmp/ray", f"--num-cpus={num_cpus}",
-        "--object-store-memory=80000000", "--disable-usage-stats", f"--node-manager-port={port}", f"--object-manager-port={port + 1}",
-        "--dashboard-agent-listen-port=7002", "--dashboard-agent-grpc-port=7003", "--metrics-export-port=7004",
-        "--runtime-env-agent-port=7005", "--min-worker-port=7500", "--max-worker-port=7599",
-    ]  # fmt: skip
+    ports = {
+        "node-manager-port": port,
+        "object-manager-port": port + 1,
+        "dashboard-agent-listen-port": 7002,
+        "dashboard-agent-grpc-port": 7003,
+        "metrics-export-port": 7004,
+        "runtime-env-agent-port": 7005,
+        "min-worker-port": 7500,
+        "max-worker-port": 7599,
+    }
+    words = [str(BIN / "python"), "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--object-store-memory=80000000"]
+    words += [f"--node-ip-address={host.address}", "--temp-dir=/tmp/ray", f"--num-cpus={num_cpus}"]
+    words += [f"--{name}={number}" for name, number in ports.items()]
     if head is None:
         words += ["--head", "--port=6379", f"--dashboard-host={host.address}", "--include-dashboard=true"]
     else:
