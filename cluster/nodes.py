@@ -58,32 +58,38 @@ def ask(
     *,
     timeout_s: float,
     exit_after: bool = False,
+    enough: Callable[[Answer], bool] = lambda answer: False,
 ) -> tuple[dict[str, Answer], dict[str, str]]:
     """Runs the function on each of the nodes at once, beside whatever else runs there: (node id -> answer, node id -> why there is none).
 
     function: of a module that needs nothing but the standard library, because it travels as a whole: whether our packages can be
     imported there may be what it shall find out. questions: its argument, by node id. exit_after: the process that ran it ends.
+    enough: an answer after which the others need not be waited for; those that are missing then are in neither dictionary.
     """
     ray.cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1 if exit_after else 0)(function)
-    pending = {}
+    pending: dict[ray.ObjectRef, str] = {}
     for node in nodes:
         pinned = remote.options(scheduling_strategy=strategy(node.id, soft=False))
         pending[pinned.remote(questions[node.id])] = node.id
-    answers, problems = {}, {}
+    answers: dict[str, Answer] = {}
+    problems: dict[str, str] = {}
     end = time.monotonic() + timeout_s
-    while pending and (left := end - time.monotonic()) > 0:
+    done = False
+    while pending and not done and (left := end - time.monotonic()) > 0:
         for reference in ray.wait(list(pending), timeout=left)[0]:
             node_id = pending.pop(reference)
             try:
                 answers[node_id] = ray.get(reference)
+                done = done or enough(answers[node_id])
             except ray.exceptions.RayError as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 problems[node_id] = lines[-1] if lines else type(error).__name__
     for reference, node_id in pending.items():
         ray.cancel(reference, force=True)
-        problems[node_id] = f"no answer within {timeout_s:g} s"
+        if not done:
+            problems[node_id] = f"no answer within {timeout_s:g} s"
     return answers, problems
 
 

@@ -91,7 +91,7 @@ class Jobs:
             ) from None
         if answer.status_code == 200 and not answer.headers.get("Content-Type", "").startswith("application/json"):
             raise SubmitError(f"{self.address}: something answers there, but not Ray's Jobs API.")
-        return answer.status_code != 200
+        return bool(answer.status_code != 200)
 
     def _connect(self) -> Any:
         from cluster.ray_session import ray  # with its settings; takes a second

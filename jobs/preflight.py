@@ -191,8 +191,8 @@ def _reach(workers: Sequence[Node], answers: Mapping[str, Any], timeout_s: float
     meet = [workers[0].address, answers[workers[0].id]["port"]]
     common = {"world_size": len(workers), "meet": meet, "timeout_s": timeout_s}
     questions = {node.id: {**common, "rank": rank, "address": node.address} for rank, node in enumerate(workers)}
-    found, silent = ask(workers, preflight_node.reach, questions, timeout_s=timeout_s + REACH_MORE_S, exit_after=True)
+    found, silent = ask(workers, preflight_node.reach, questions, timeout_s=timeout_s + REACH_MORE_S, exit_after=True, enough=bool)
     for node in workers:
-        problem = silent.get(node.id) or found[node.id]
+        problem = silent.get(node.id) or found.get(node.id)
         if problem:
             yield node, f"cannot compute together with the others: {problem}. Open all TCP ports between the nodes (docs/ports.md)."

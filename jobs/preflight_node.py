@@ -10,9 +10,11 @@ import os
 import platform
 import shutil
 import socket
+import time
 from pathlib import Path
 
 HASHED_BYTES = 1 << 20
+KNOCK_S = 4.0  # for a node to answer at all
 
 
 def look(question: dict) -> dict:  # type: ignore[type-arg] # plain values, as they travel
@@ -110,9 +112,14 @@ def reach(question: dict) -> str:  # type: ignore[type-arg]
     import torch.distributed as dist
 
     host, port = question["meet"]
+    unreachable = _knock(host, port, question["timeout_s"]) if question["rank"] else ""
+    if unreachable:
+        return unreachable
     patience = timedelta(seconds=question["timeout_s"])
     try:
-        store = dist.TCPStore(host, port, question["world_size"], question["rank"] == 0, timeout=patience)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, question["world_size"], question["rank"] == 0, timeout=patience
+        )
         dist.init_process_group("gloo", store=store, rank=question["rank"], world_size=question["world_size"], timeout=patience)
         total = torch.ones(1)
         dist.all_reduce(total)
@@ -120,3 +127,19 @@ def reach(question: dict) -> str:  # type: ignore[type-arg]
     except RuntimeError as error:  # of torch's errors the base
         return " ".join(str(error).split())[:200]
     return "" if int(total) == question["world_size"] else f"the sum is {int(total)}, expected {question['world_size']}"
+
+
+def _knock(host: str, port: int, timeout_s: float) -> str:
+    """ "" as soon as something listens there, else why that cannot be reached. The other node may still be starting to listen."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=KNOCK_S).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                return f"nothing listens on {host}:{port}"
+            time.sleep(0.1)
+        except OSError as error:
+            return f"{host}:{port} cannot be reached: {error.strerror or error}"
+        else:
+            return ""
