@@ -2,7 +2,7 @@
 
 Verbs are imported when they are called, so that help answers at once. Exit codes: 0 done, 1 a user's error or a failed
 check, 2 wrong usage (click), 75 stopped early by SIGTERM or train.time_limit with everything saved (the same command goes on),
-130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
+78 refused by a cluster's preflight (`submit`), 130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
 """
 
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from jobs import cli_cluster
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
@@ -488,6 +490,9 @@ def bench_model(presets: str, repeats: int, threads: int, batch: int, as_json: b
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
+cli_cluster.add_to(posmlp)
+
+
 def main() -> None:
     """Entry point: a user's error is one message on standard error and exit code 1, never a traceback."""
     from jobs.errors import JobError, explained, user_errors
@@ -499,6 +504,7 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     from cluster.errors import StoppedError
+    from cluster.job import STOPPED_EXIT
 
     # Before torch loads: threads that spin while they wait take the cores from decoding, and on a busy machine from the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -515,7 +521,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except StoppedError as error:
         click.echo(f"stopped: {error}", err=True)
-        sys.exit(75)  # EX_TEMPFAIL of sysexits.h
+        sys.exit(STOPPED_EXIT)
     except user_errors() as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -45,16 +45,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, object]:
-    """`env.json`: library versions, machine and, in a checkout, the commit."""
+def libraries() -> dict[str, str]:
+    """The versions of the libraries that decide what a run computes; "not installed" of those that are not there."""
     versions = {}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    return versions
+
+
+def environment() -> dict[str, object]:
+    """`env.json`: library versions, machine and, in a checkout, the commit."""
     return {
-        "libraries": versions,
+        "libraries": libraries(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
