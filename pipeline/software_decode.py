@@ -13,7 +13,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TypeAlias
 
 import av
@@ -104,21 +104,24 @@ def _decode(data: bytes, frames: npt.NDArray[np.int32], out: npt.NDArray[np.uint
 
 
 def _demux_span(container: InputContainer, stream: VideoStream, first: int, last: int) -> _Span:
-    """What has to be known to decode frames `first` to `last`.
+    """What has to be known to decode frames `first` to `last`, which an MP4's list of packets makes less than all before `last`.
 
-    An MP4 lists its packets, so reading begins at a keyframe near frame `first`: all that is decoded before a keyframe is shown before it,
-    or hidden, so the frames are as many as the packets. Where that keyframe's own leading frames are asked for, one keyframe earlier.
+    Reading begins at the keyframe where a seek ends. All packets before a keyframe are shown before it, or hidden, and so tell the number
+    of the first frame behind them. It is of no use where frame `first` needs the group before, as the leading frames of an open GOP do.
     """
     entries = stream.index_entries
-    if container.format.name.startswith("mov") and len(entries) == stream.frames:
-        numbers = accumulate((not entry.is_discard for entry in entries), initial=0)
-        starts = [(entry.timestamp, number) for entry, number in zip(entries, numbers, strict=False) if entry.is_keyframe and number <= first]
-        for timestamp, number in reversed(starts[1:]):
-            container.seek(timestamp, stream=stream)
-            span = _demux(container.demux(stream), number, last)
-            if span.packets[0].dts == timestamp and span.shown[first - number] >= (span.packets[0].pts or 0):
+    if container.format.name.startswith("mov") and first < len(entries) == stream.frames and stream.start_time is not None:
+        numbers = dict(zip((entry.timestamp for entry in entries), accumulate(not entry.is_discard for entry in entries), strict=True))
+        delay = stream.start_time - entries[0].timestamp  # from decoding to showing
+        container.seek(entries[first].timestamp + delay, stream=stream)
+        packets = container.demux(stream)
+        start = next(packets)
+        number = numbers.get(start.dts, last + 1) - 1  # numbers count the packet itself
+        if len(numbers) == len(entries) and start.is_keyframe and not start.is_discard and number <= first:
+            span = _demux(chain((start,), packets), number, last)
+            if span.shown[first - number] >= (start.pts or 0):
                 return span
-            container.seek(starts[0][0], stream=stream)
+        container.seek(entries[0].timestamp, stream=stream)
     return _demux(container.demux(stream), 0, last)
 
 
