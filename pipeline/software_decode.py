@@ -111,13 +111,14 @@ def _demux_span(container: InputContainer, stream: VideoStream, first: int, last
     """
     entries = stream.index_entries
     if container.format.name.startswith("mov") and first < len(entries) == stream.frames and stream.start_time is not None:
-        numbers = dict(zip((entry.timestamp for entry in entries), accumulate(not entry.is_discard for entry in entries), strict=True))
+        before = accumulate((not entry.is_discard for entry in entries), initial=0)
+        numbers = {entry.timestamp: number for entry, number in zip(entries, before, strict=False)}  # by decoding time
         delay = stream.start_time - entries[0].timestamp  # from decoding to showing
         container.seek(entries[first].timestamp + delay, stream=stream)
         packets = container.demux(stream)
         start = next(packets)
-        number = numbers.get(start.dts, last + 1) - 1  # numbers count the packet itself
-        if len(numbers) == len(entries) and start.is_keyframe and not start.is_discard and number <= first:
+        number = None if start.dts is None or len(numbers) < len(entries) else numbers.get(start.dts)
+        if number is not None and number <= first and start.is_keyframe and not start.is_discard:
             span = _demux(chain((start,), packets), number, last)
             if span.shown[first - number] >= (start.pts or 0):
                 return span
