@@ -17,6 +17,7 @@ from pipeline.durable import TEMPORARY, committed
 from pipeline.errors import DatasetError, PipelineError
 
 LOCK = ".build.lock"
+_ABSENT: Mapping[str, object] = {"encode.form": "plain"}  # what was meant before there was such an option
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def explained(out: Path) -> Iterator[None]:
 
 def compare(out: Path, built: Mapping[str, object], asked: Mapping[str, object], next_step: str) -> None:
     """Raises DatasetError naming every value that was asked for and is another one there."""
-    differences = [f"{name}: it has {built.get(name)!r}, asked for {value!r}" for name, value in asked.items() if built.get(name) != value]
+    has = {**_ABSENT, **built}
+    differences = [f"{name}: it has {has.get(name)!r}, asked for {value!r}" for name, value in asked.items() if has.get(name) != value]
     if differences:
         raise DatasetError(f"{out} holds another dataset. " + "; ".join(differences) + f". {next_step}")
 

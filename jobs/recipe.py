@@ -143,6 +143,8 @@ class Recipe(Section):
             raise ValueError("eval.flip: got true, expected false where augment.flip is 0: training never showed a mirrored video")
         if self.eval.clips > 1 and self.clip.sampling == "uniform":
             raise ValueError(f"eval.clips: got {self.eval.clips}, expected 1 where clip.sampling is uniform, which has one clip only")
+        if self.clip.starts == "base" and self.data.videos is not None and self.data.encode.form != "layered":
+            raise ValueError(f"clip.starts: got 'base', expected 'any' where data.encode.form is {self.data.encode.form}")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -27,6 +27,7 @@ from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
 from pipeline.order import ORDER_VERSION
+from pipeline.requests import check_base_layer
 
 SHOWN = 5  # classes named in a message
 _LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
@@ -150,6 +151,7 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
         if size != shard.size:
             got = "is missing" if size < 0 else f"is {size} bytes long, expected {shard.size}"
             raise DatasetError(f"{path} {got}. Run 'posmlp data validate {dataset.root}', then build it again.")
+    check_base_layer(dataset, recipe.clip)
     if len(dataset.rows(recipe.data.split_column, split)) == 0:
         raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
     return dataset

@@ -75,6 +75,11 @@ class DatasetInfo:
     libraries: dict[str, str] = field(default_factory=dict)
 
     @property
+    def is_layered(self) -> bool:
+        """Whether frames 0, 4, 8, ... of its videos are a base layer (`EncodeOptions.form`)."""
+        return self.build.get("encode.form") == "layered"
+
+    @property
     def index_file(self) -> str:
         return _generation_name("index.arrow", self.generation)
 

@@ -4,7 +4,8 @@ Videos are untrusted input. `verify_and_transcode` is meant to run in the limite
 what it wrote or raises RejectedError with a reason, which goes to the quarantine list.
 
 The canonical form is H.264 yuv420p in MP4, upright, square pixels, BT.709 limited range, a keyframe every `gop` frames exactly, closed
-GOPs, no audio. Its bytes repeat for equal library versions: one thread, a bit-exact scaler and muxer, no version strings, and x264's
+GOPs, no audio. In the layered form every fourth frame, and the last of each GOP, is a reference, the others refer to these and are
+referred to by none. Its bytes repeat for equal library versions: one thread, a bit-exact scaler and muxer, no version strings, and x264's
 `cpu-independent`, without which AVX-512, AVX2 and plain code give different streams (and AVX-512 not even the same one twice).
 """
 
@@ -161,7 +162,8 @@ def _configure(context: VideoCodecContext, size: tuple[int, int], rate: Fraction
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 in all three tables
     context.color_range = int(ColorRange.MPEG)
     exact = "scenecut=0:open-gop=0:threads=1:lookahead-threads=1:sync-lookahead=0:cpu-independent=1"
-    context.options = {"preset": encode.preset, "tune": encode.tune, "crf": str(encode.crf), "x264-params": exact}
+    layers = ":bframes=3:b-adapt=0:b-pyramid=none" if encode.form == "layered" else ""
+    context.options = {"preset": encode.preset, "tune": encode.tune, "crf": str(encode.crf), "x264-params": exact + layers}
 
 
 def _encode(path: Path, frames: Iterable[VideoFrame], size: tuple[int, int], rate: Fraction, encode: EncodeOptions) -> int:

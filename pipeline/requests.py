@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.augmentation import Mix, draw_augmentation, draw_mix
+from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import MIDDLE, ClipParameters, View, clip_parameters, view_parameters
 from pipeline.options import AugmentOptions, ClipOptions
@@ -45,17 +46,31 @@ class MicroBatchRequest:
     mix: Mix | None = None
 
 
+def check_base_layer(dataset: Dataset, clip: ClipOptions) -> None:
+    """Raises DatasetError where `clip` starts at base frames and the dataset's videos have none."""
+    if clip.starts == "base" and not dataset.info.is_layered:
+        raise DatasetError(
+            f"{dataset.root}: clip.starts is 'base', but its videos have no base layer. Build it with data.encode.form=layered in another "
+            "data.dir, or set clip.starts=any."
+        )
+
+
 class Planner:
-    """Clip parameters of a dataset's rows; holds zero-copy views of five columns, no rows of its own."""
+    """Clip parameters of a dataset's rows; holds zero-copy views of five columns, no rows of its own.
+
+    Raises DatasetError where the clips need a base layer and the dataset's videos have none.
+    """
 
     def __init__(self, dataset: Dataset, clip: ClipOptions, augment: AugmentOptions) -> None:
+        check_base_layer(dataset, clip)
         self._clip, self._augment = clip, augment
         self._columns = [dataset.column(name) for name in ("begin", "end", "fps", "width", "height")]
 
     def evaluation(self, row: int, view: View = MIDDLE) -> ClipParameters:
         """Of one fixed view of `row`."""
         begin, end, fps, width, height = (column[row].item() for column in self._columns)
-        return view_parameters(view, num_frames=end - begin, fps=fps, width=width, height=height, clip=self._clip, augment=self._augment)
+        size = {"num_frames": end - begin, "width": width, "height": height, "begin": begin}
+        return view_parameters(view, fps=fps, clip=self._clip, augment=self._augment, **size)
 
     def training(self, row: int, *, seed: int, position: int, view: int = 0) -> ClipParameters:
         """Of a view of the random clip that `position` of the stream under `seed` takes of `row`."""
@@ -71,6 +86,7 @@ class Planner:
             augment=self._augment,
             training=True,
             view=view,
+            begin=begin,
         )
         augmentation = draw_augmentation(self._augment, self._clip.num_frames, seed=seed, position=position, view=view)
         return parameters if augmentation is None else replace(parameters, augmentation=augmentation)
