@@ -228,6 +228,18 @@ class Engine:
             yield LOSSES, torch.tensor([self._guard.mean, self._guard.seen], dtype=torch.float64)
 
     @torch.no_grad()
+    def copy_weights(self, target: nn.Module) -> None:
+        """Makes `target`, a module of the model's own class, what evaluation sees: weights and buffers, averages where there are any.
+
+        A collective that leaves the engine and its model as they are.
+        """
+        tensors = target.state_dict()
+        for name, tensor in self._zero.state([AVERAGE]):
+            tensors[name.partition(".")[2]].copy_(tensor)  # the average comes behind the last weights
+        for name, buffer in {**self._buffers, **self._averages}.items():
+            tensors[name].copy_(buffer)
+
+    @torch.no_grad()
     def restore(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Takes over a state that `state` gave, at any world size and stage. Every rank must call it with the whole state.
 

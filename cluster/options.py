@@ -81,15 +81,19 @@ class EngineOptions:
 class CheckpointOptions:
     """When state is saved. The last step always is.
 
-    every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones.
+    every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones, beside the best one of a
+    validation (`eval.every`). keep_every: those of multiples of so many steps stay too, a multiple of `every`; 0: none.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
     every: int = 200
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "every", self.every, "at least 1 step")
+        fits = self.keep_every >= 0 and self.keep_every % self.every == 0
+        _require(fits, "keep_every", self.keep_every, f"0 (off) or a multiple of checkpoint.every ({self.every})")
         _require(self.keep >= 1, "keep", self.keep, "at least 1")
 
 

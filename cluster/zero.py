@@ -112,8 +112,12 @@ class PartitionedAdamW:
                 torch._foreach_lerp_(averages, weights, 1.0 - average_decay)
         return norm
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """("model.<name>", float32 weights) and, of trainable parameters, their moments and average: whole tensors. A collective."""
+    def state(self, keys: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """("model.<name>", float32 weights) and, of trainable parameters, their moments and average: whole tensors. A collective.
+
+        keys: which of `self.keys` beside "model", all by default. A tensor is good until the next is asked for.
+        """
+        more = [key for key in self.keys[1:] if keys is None or key in keys]
         steps = {int(self._adam.state[partition]["step"]) for partition in self._prepared()}
         assert steps == {self.applied}, f"AdamW's groups are at steps {steps} instead of {self.applied}"
         for name, parameter in self._model.named_parameters():
@@ -122,7 +126,7 @@ class PartitionedAdamW:
                     yield f"model.{name}", parameter
                 continue
             yield f"model.{name}", parameter if self._stage == 0 else self._fragments.safe_get_full_fp32_param(parameter)
-            for key in self.keys[1:]:
+            for key in more:
                 if self._stage == 0:
                     yield f"{key}.{name}", self._adam.state[parameter][key]
                 else:

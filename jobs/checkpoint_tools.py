@@ -30,7 +30,9 @@ def chosen(run_dir: Path, step: int | None) -> Checkpoint:
 def line(checkpoint: Checkpoint) -> str:
     """One checkpoint for people."""
     size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
-    return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}"
+    facts = checkpoint.judgement()
+    judged = f"  top-1 {facts['top1']:.3f} of '{facts['split']}'" if facts and "top1" in facts else ""
+    return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}{judged}"
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, object]:

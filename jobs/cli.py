@@ -197,17 +197,23 @@ def train(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None
 @posmlp.command("eval")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
 @click.option("--average", type=click.IntRange(min=1), default=1, help="Mean of the weights of this many newest kept checkpoints.")
+@click.option("--checkpoint", default="last", show_default=True, metavar="best|last|STEP", help="best: of those that eval.every judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @OVERRIDES
-def evaluate(run_dir: Path, average: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+def evaluate(run_dir: Path, average: int, checkpoint: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Evaluate the newest checkpoint of a run folder on its validation split, into eval.json.
 
-    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, and one
-    of averaged checkpoints, is written beside eval.json under a name that says so: eval-clips4-crops3.json.
+    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, one
+    of averaged checkpoints and one of another than the newest is written beside eval.json under a name that says so:
+    eval-clips4-crops3.json.
     """
     from jobs import evaluate as verb
 
-    result = verb.run(run_dir, overrides=overrides, average=average)
+    if checkpoint not in ("best", "last") and not checkpoint.isdecimal():
+        raise click.UsageError(f"--checkpoint {checkpoint}: expected best, last or a step.")
+    if checkpoint != "last" and average > 1:
+        raise click.UsageError("--average takes the newest checkpoints: it does not go with --checkpoint.")
+    result = verb.run(run_dir, overrides=overrides, average=average, checkpoint=checkpoint)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else verb.headline(result))
 
 

@@ -74,6 +74,7 @@ class History:
 
     last_step, epoch: how far the run is. busy_s: seconds of the steps that count; waited_s: of these, waiting for data; clips: in them.
     nonfinite: steps whose loss was no finite number.
+    choice: step -> share right in a validation while training, of several attempts the newest. choice_loss: likewise, nats.
     checkpoints, checkpoint_bytes: number saved, size of the last. torn: lines that are no event, as a kill leaves them.
     """
 
@@ -90,6 +91,8 @@ class History:
     checkpoints: int
     checkpoint_bytes: int
     torn: int
+    choice: Curve
+    choice_loss: Curve
 
 
 def read_events(path: Path) -> Iterator[dict[str, object] | None]:
@@ -114,12 +117,15 @@ def read_history(path: Path) -> History:
     kinds: Counter[str] = Counter()
     size = 0
     began = math.inf
+    validations: dict[int, dict[str, object]] = {}
     for event in read_events(path):
         kinds[str(event["event"]) if event else ""] += 1
         if event:
             began = min(began, number(event, "time", math.inf))
             size = whole(event, "bytes", size) if event["event"] == "checkpoint" else size
             _note(attempts, event)
+            if event["event"] == "validation":
+                validations[whole(event, "step")] = event
     ordered = [attempts[key] for key in sorted(attempts)]
     began = began if math.isfinite(began) else 0.0
     steps = _read_steps(path, ordered, began)
@@ -137,7 +143,16 @@ def read_history(path: Path) -> History:
         checkpoints=kinds["checkpoint"],
         checkpoint_bytes=size,
         torn=kinds[""],
+        choice=_points({step: number(event, "top1") for step, event in validations.items()}),
+        choice_loss=_points({step: number(event, "loss") for step, event in validations.items()}),
     )
+
+
+def _points(values: Mapping[int, float]) -> Curve:
+    """A curve of few values, each its own bin."""
+    known = sorted((step, value) for step, value in values.items() if not math.isnan(value))
+    x, y = [float(step) for step, _ in known], [value for _, value in known]
+    return Curve(x=x, low=y, high=y, mean=y)
 
 
 def number(event: Mapping[str, object], name: str, default: float = math.nan) -> float:

@@ -7,6 +7,7 @@ nearest known one; errors name the key and, for keys from the file, the line. Th
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOp
 
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(step|epoch)s?")
 
 
 class Section(pydantic.BaseModel):
@@ -46,6 +48,8 @@ class DataSection(Section):
     videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
     dir: the built dataset; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
+    choose_split: a name in that column that is neither: what `eval.every` judges. choose_fraction: instead, share of each class of the
+    train split that is held out for it, by whole groups and drawn by run.seed, and not trained on.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
     shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
@@ -57,6 +61,8 @@ class DataSection(Section):
     split_column: str = "split"
     train_split: str = "train"
     val_split: str = "val"
+    choose_split: str | None = None
+    choose_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     allow_missing: bool = False
     val_fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
     shard_size_mib: Count = 128
@@ -94,9 +100,19 @@ class TrainSection(Section):
         return self
 
 
+def _interval(text: str) -> str:
+    """ "2 epochs" or "500 steps", as it is. Raises ValueError for anything else."""
+    found = _INTERVAL.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0 or (found[2] == "step" and not float(found[1]).is_integer()):
+        raise ValueError("expected a number of epochs or of whole steps, for example '1 epoch' or '500 steps'")
+    return text.strip()
+
+
 class EvalSection(Section):
     """How a split is judged: every video is seen in clips x crops (x 2 with `flip`) views, which are fused to one prediction.
 
+    every: validation while training, as "2 epochs" or "500 steps": the middle view of each sample of data.choose_split or
+    data.choose_fraction is judged, the state saved, and the best checkpoint kept; null: never.
     micro_batch: views in one forward pass. clips: spread evenly over the video; in segment sampling all cover it, shifted within the
     segments; uniform sampling has one only. crops: 1 is the centre, 3 lie along the longer side.
     flip: each view also mirrored; refused where augment.flip is 0, since left and right may be classes there.
@@ -108,10 +124,20 @@ class EvalSection(Section):
     crops: Literal[1, 3] = 1
     flip: bool = False
     fusion: Literal["sum_logits", "mean_softmax"] = "sum_logits"
+    every: Annotated[str, pydantic.AfterValidator(_interval)] | None = None
 
     @property
     def num_views(self) -> int:
         return self.clips * self.crops * (2 if self.flip else 1)
+
+    def protocol(self) -> dict[str, object]:
+        """What decides the figures of an evaluation."""
+        return self.model_dump(mode="json", exclude={"every"})
+
+    def every_steps(self, steps_per_epoch: float) -> int | None:
+        """Optimizer steps from one validation to the next; None without validation."""
+        found = _INTERVAL.fullmatch(self.every) if self.every else None
+        return found and max(1, round(float(found[1]) * (1 if found[2] == "step" else steps_per_epoch)))
 
 
 class Recipe(Section):
@@ -137,6 +163,19 @@ class Recipe(Section):
             raise ValueError("eval.flip: got true, expected false where augment.flip is 0: training never showed a mirrored video")
         if self.eval.clips > 1 and self.clip.sampling == "uniform":
             raise ValueError(f"eval.clips: got {self.eval.clips}, expected 1 where clip.sampling is uniform, which has one clip only")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _choice_is_a_part_of_its_own(self) -> Self:
+        split, share = self.data.choose_split, self.data.choose_fraction
+        if split is not None and split in (self.data.train_split, self.data.val_split):
+            raise ValueError(f"data.choose_split: got '{split}', expected a split that is neither trained on nor reported, or null")
+        if split is not None and share:
+            raise ValueError(f"data.choose_fraction: got {share}, expected 0 where data.choose_split is set: one part to choose by")
+        if self.eval.every and split is None and not share:
+            raise ValueError(
+                f"eval.every: got '{self.eval.every}', expected data.choose_split or data.choose_fraction beside it: what to judge"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -194,7 +233,7 @@ class Recipe(Section):
         kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps", "init_from", "freeze")}
         kept["run"] = {"seed": plain["run"]["seed"]}
         kept["engine"] = {"precision": plain["engine"]["precision"]}
-        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split")}
+        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split", "choose_fraction")}
         return {f"{section}.{name}": value for section, keys in sorted(kept.items()) for name, value in sorted(keys.items())}
 
 

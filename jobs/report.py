@@ -113,6 +113,8 @@ def charts(history: History, found: Sequence[Stop], num_classes: int) -> list[Ch
     curves = history.curves
     drawn = [
         line_chart(curves["loss"], title="Training loss", spans=lost, reference=guess),
+        line_chart(history.choice, title="Top-1 while training", spans=lost, zero=True, smooth=False, text=percent),
+        line_chart(history.choice_loss, title="Validation loss while training", spans=lost, smooth=False),
         line_chart(curves["lr"], title="Learning rate", spans=lost, zero=True, smooth=False),
         line_chart(curves["grad_norm"], title="Gradient norm", spans=lost, zero=True),
         line_chart(curves["clips_per_s"], title="Throughput", unit="clips/s", spans=lost, zero=True),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
+from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps, train_rows
 from jobs.run_log import RankLog, damage_before, follow
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
@@ -48,13 +48,13 @@ def run(recipe: Recipe) -> int:
     end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
     dataset = open_dataset(recipe, recipe.data.train_split)
     check_classes(recipe, dataset)
-    steps = total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+    steps = total_steps(recipe, len(train_rows(recipe, dataset)))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
     with lease.hold(recipe.run_dir):
         found = newest_checkpoint(recipe, dataset)
         done = found.step if found else 0
-        if done >= steps:
+        if found is not None and done >= steps and not (recipe.eval.every and found.judgement() is None):
             return done
         prepare(recipe)
         metrics = recipe.run_dir / "metrics.jsonl"
@@ -94,11 +94,12 @@ def _saved_step(checkpoints: str) -> int:
 def worker(payload: Mapping[str, object], worker: Worker) -> None:
     """One rank of the gang, from the resume point to the last step, or to the step at which it is asked to stop."""
     from cluster.worker import agree, heartbeat
+    from jobs.choose import Chooser
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
     dataset = Dataset.open(recipe.dataset_dir)
-    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+    rows = train_rows(recipe, dataset)
     steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)
     # Rank 0 looks and the others follow: a checkpoint damaged or committed between two looks must not split the gang.
@@ -113,6 +114,13 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     saver = _Saver(recipe, dataset, store, worker, log)
     deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
+    chooser = Chooser(recipe, dataset, store, worker, log, steps)
+
+    def stop() -> bool:
+        return stop_asked() or deadline.near()
+
+    if chooser.lacks(found) and not chooser.judge(engine, start, stop, saver.wait):
+        _leave(recipe, saver, log, start, steps)
     with Loader(
         dataset,
         _requests(recipe, dataset, rows, worker, start, steps),
@@ -129,22 +137,31 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         for step in range(start, steps):
             began = time.perf_counter()
             mine = itertools.islice(batches, micro_batches // worker.world_size)
-            result = engine.train_step(step, mine, loss, stop=lambda: stop_asked() or deadline.near())
+            result = engine.train_step(step, mine, loss, stop=stop)
             seconds = time.perf_counter() - began
             log.step(step + 1, result, seconds, len(rows))
             deadline.step(seconds)
             heartbeat()
-            if result.stop or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
+            due = chooser.due(step + 1)
+            if result.stop or due or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
                 saver.save(step + 1, engine, deadline)
-            if result.stop and step + 1 < steps:
-                saver.wait()
-                agree(step + 1)  # nobody leaves before rank 0 has committed
-                log.event("stop", step=step + 1, reason="SIGTERM" if stop_asked() else "train.time_limit")
-                log.close()
-                raise StoppedError(f"{recipe.run_dir} is saved at step {step + 1} of {steps}; the same command goes on from there.")
+            judged = not due or (not result.stop and chooser.judge(engine, step + 1, stop, saver.wait))
+            if not judged or (result.stop and step + 1 < steps):
+                _leave(recipe, saver, log, step + 1, steps)
     saver.wait()
     log.event("end", step=steps)
     log.close()
+
+
+def _leave(recipe: Recipe, saver: "_Saver", log: RankLog, step: int, steps: int) -> NoReturn:
+    """Ends this rank because the gang was asked to stop, when what it has done is saved."""
+    from cluster.worker import agree
+
+    saver.wait()
+    agree(step)  # nobody leaves before rank 0 has committed
+    log.event("stop", step=step, reason="SIGTERM" if stop_asked() else "train.time_limit")
+    log.close()
+    raise StoppedError(f"{recipe.run_dir} is saved at step {step} of {steps}; the same command goes on from there.")
 
 
 def _engine(recipe: Recipe, dataset: Dataset, worker: Worker, steps: int, found: Checkpoint | None, log: RankLog) -> "Engine":
