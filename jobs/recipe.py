@@ -71,28 +71,37 @@ class DataSection(Section):
     limits: LimitOptions = LimitOptions()
 
 
+def _auto(value: object) -> object:
+    return 0 if value == "auto" else value
+
+
 class TrainSection(Section):
     """How much is trained. A global batch is a whole number of micro-batches, which are never split (see ARCHITECTURE.md).
 
-    global_batch, micro_batch: clips. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
+    global_batch, micro_batch: clips. micro_batch may be auto (0): the largest that fits the memory, measured once before the first step
+    and kept for the whole run. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
     trace: every rank records keys, frames, crops and tensor digests of what it consumed under `trace/`.
     time_limit: how long a call may take, as 3h30m or in seconds: it saves in time, ends with exit code 75, and the same command goes on.
     init_from: weights to begin with: a run folder, a checkpoint's folder, or a file (.safetensors, .pth).
+    profile: [first, last] steps, counted from 1, of which every rank writes a profiler trace under `profile/`; null: none.
     freeze: beginnings of parameter names that are not trained, for example [patch_embed1, blocks1].
     """
 
     global_batch: Count = 32
-    micro_batch: Count = 8
+    micro_batch: Annotated[int, pydantic.Field(ge=0), pydantic.BeforeValidator(_auto)] = 8
     epochs: Annotated[float, pydantic.Field(gt=0)] = 60.0
     steps: Count | None = None
     trace: bool = False
     time_limit: Annotated[float, pydantic.BeforeValidator(seconds)] | None = None
     init_from: Path | None = None
     freeze: tuple[str, ...] = ()
+    profile: tuple[Count, Count] | None = None
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.global_batch % self.micro_batch:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: got {list(self.profile)}, expected the first step before the last")
+        if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch: got {self.global_batch}, expected a multiple of train.micro_batch ({self.micro_batch}), "
                 f"for example {max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch}"
@@ -140,6 +149,19 @@ class EvalSection(Section):
         return found and max(1, round(float(found[1]) * (1 if found[2] == "step" else steps_per_epoch)))
 
 
+class TrackSection(Section):
+    """Where a run's figures go besides metrics.jsonl. What fails there is told once and stops nothing.
+
+    tensorboard: event files in the run folder's `tensorboard/`. mlflow: address of a tracking server, or a folder; needs the package
+    mlflow. wandb: a project of Weights & Biases; needs the package wandb. experiment: MLflow's name for a group of runs.
+    """
+
+    tensorboard: bool = False
+    mlflow: str | None = None
+    wandb: str | None = None
+    experiment: str = "posmlp-video"
+
+
 class Recipe(Section):
     """Every key of a recipe, by section."""
 
@@ -156,6 +178,7 @@ class Recipe(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     launch: LaunchOptions = LaunchOptions()
     eval: EvalSection = EvalSection()
+    track: TrackSection = TrackSection()
 
     @pydantic.model_validator(mode="after")
     def _views_exist(self) -> Self:
@@ -183,7 +206,9 @@ class Recipe(Section):
         micro, repeats = self.train.micro_batch, self.augment.repeats
         if micro % repeats:
             raise ValueError(f"augment.repeats: got {repeats}, expected a divisor of train.micro_batch ({micro}), which counts views")
-        if self.augment.mix is not None and micro // repeats < 2:
+        if self.train.global_batch % repeats:
+            raise ValueError(f"augment.repeats: got {repeats}, expected a divisor of train.global_batch ({self.train.global_batch})")
+        if micro and self.augment.mix is not None and micro // repeats < 2:
             raise ValueError(
                 f"augment.mix: got a micro-batch of one sample, expected at least 2 to mix: set train.micro_batch={2 * repeats} or more, "
                 "or remove augment.mix"
@@ -232,7 +257,7 @@ class Recipe(Section):
         kept["optimizer"] = {name: value for name, value in plain["optimizer"].items() if name not in ("max_skipped", "max_spike")}
         kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps", "init_from", "freeze")}
         kept["run"] = {"seed": plain["run"]["seed"]}
-        kept["engine"] = {"precision": plain["engine"]["precision"]}
+        kept["engine"] = {name: plain["engine"][name] for name in ("precision", "compile")}
         kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split", "choose_fraction")}
         return {f"{section}.{name}": value for section, keys in sorted(kept.items()) for name, value in sorted(keys.items())}
 

@@ -119,6 +119,7 @@ def charts(history: History, found: Sequence[Stop], num_classes: int) -> list[Ch
         line_chart(curves["grad_norm"], title="Gradient norm", spans=lost, zero=True),
         line_chart(curves["clips_per_s"], title="Throughput", unit="clips/s", spans=lost, zero=True),
         line_chart(curves["data_wait"], title="Waiting for data", spans=lost, zero=True, text=percent),
+        line_chart(curves["flops_share"], title="Share of the device's operations", spans=lost, zero=True, text=percent),
         line_chart(history.progress, title="Progress", unit="steps", x_label=unit, x_scale=scale, smooth=False, zero=True, spans=pauses),
     ]
     return [chart for chart in drawn if chart is not None]

@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from cluster import lease
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.errors import StoppedError
+from cluster.errors import ClusterError, StoppedError
 from cluster.metrics import MetricsWriter
 from cluster.stopping import stop_asked
 from cluster.topology import Worker, num_micro_batches
 from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
+from jobs.fit import is_out_of_memory, out_of_memory, remembered, solved, with_recomputation
+from jobs.profiling import StepProfiler
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
 from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps, train_rows
@@ -51,6 +53,7 @@ def run(recipe: Recipe) -> int:
     steps = total_steps(recipe, len(train_rows(recipe, dataset)))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
+    recipe = solved(recipe, len(dataset.info.classes))
     with lease.hold(recipe.run_dir):
         found = newest_checkpoint(recipe, dataset)
         done = found.step if found else 0
@@ -59,7 +62,8 @@ def run(recipe: Recipe) -> int:
         prepare(recipe)
         metrics = recipe.run_dir / "metrics.jsonl"
         with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
-            launch(
+            train = partial(
+                launch,
                 "jobs.train:worker",
                 {"recipe": recipe.model_dump(mode="json"), "end": end},
                 run_dir=recipe.run_dir,
@@ -70,6 +74,15 @@ def run(recipe: Recipe) -> int:
                 progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
                 stoppable=True,
             )
+            kept = not remembered(recipe.run_dir).get("activation_checkpointing")
+            try:
+                train()
+            except (ClusterError, JobError) as error:
+                if isinstance(error, StoppedError) or not kept or not remembered(recipe.run_dir).get("activation_checkpointing"):
+                    raise
+                attempt = lease.newest_attempt(recipe.run_dir)
+                _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
+                train()  # from the last checkpoint, with activations recomputed
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
         raise JobError(f"Training in {recipe.run_dir} ended before its last step. See {recipe.run_dir / 'logs'}.")
@@ -95,9 +108,11 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     """One rank of the gang, from the resume point to the last step, or to the step at which it is asked to stop."""
     from cluster.worker import agree, heartbeat
     from jobs.choose import Chooser
+    from jobs.model_flops import peak_flops, step_flops
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
+    run_as = with_recomputation(recipe)  # the same numbers; what is saved and compared stays the recipe's
     dataset = Dataset.open(recipe.dataset_dir)
     rows = train_rows(recipe, dataset)
     steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
@@ -108,9 +123,12 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     found = store.at(number) if number else None
     start = found.step if found else 0
 
-    log = RankLog(recipe, worker)
-    engine = _engine(recipe, dataset, worker, steps, found, log)
+    log = RankLog(recipe, worker, start)
+    engine = _engine(run_as, dataset, worker, steps, found, log)
     log.event("attempt", step=start, world_size=worker.world_size)
+    if worker.rank == 0:
+        num_classes = len(dataset.info.classes)
+        log.count_flops(step_flops(recipe, num_classes, worker.world_size), peak_flops(recipe, worker.device, engine.precision))
     saver = _Saver(recipe, dataset, store, worker, log)
     deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
@@ -121,24 +139,34 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
 
     if chooser.lacks(found) and not chooser.judge(engine, start, stop, saver.wait):
         _leave(recipe, saver, log, start, steps)
-    with Loader(
-        dataset,
-        _requests(recipe, dataset, rows, worker, start, steps),
-        micro_batch=recipe.train.micro_batch,
-        clip=recipe.clip,
-        augment=recipe.augment,
-        options=recipe.loader,
-        threads=worker.threads,
-        device=worker.device,
-        on_damage="substitute",
-        counted=_counted(recipe, worker, start),
-    ) as loader:
+    with (
+        Loader(
+            dataset,
+            _requests(recipe, dataset, rows, worker, start, steps),
+            micro_batch=recipe.train.micro_batch,
+            clip=recipe.clip,
+            augment=recipe.augment,
+            options=recipe.loader,
+            threads=worker.threads,
+            device=worker.device,
+            on_damage="substitute",
+            counted=_counted(recipe, worker, start),
+        ) as loader,
+        StepProfiler(recipe, worker) as profiler,
+    ):
         batches = log.watch(loader)
         for step in range(start, steps):
+            profiler.before(step + 1)
             began = time.perf_counter()
             mine = itertools.islice(batches, micro_batches // worker.world_size)
-            result = engine.train_step(step, mine, loss, stop=stop)
+            try:
+                result = engine.train_step(step, mine, loss, stop=stop)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise out_of_memory(run_as, step, error) from error
+                raise
             seconds = time.perf_counter() - began
+            profiler.after(step + 1)
             log.step(step + 1, result, seconds, len(rows))
             deadline.step(seconds)
             heartbeat()
