@@ -48,8 +48,9 @@ class DataSection(Section):
     videos: folder of raw videos. labels: CSV or Parquet with path,label; None: class = subfolder.
     dir: the built dataset; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
-    choose_split: a name in that column that is neither: what `eval.every` judges. choose_fraction: instead, share of each class of the
-    train split that is held out for it, by whole groups and drawn by run.seed, and not trained on.
+    choose_split: a name in that column that is neither trained on nor reported: what `eval.every` judges.
+    choose_fraction: instead, share of each class of the train split that is held out for it, by whole groups and drawn by run.seed, and
+    not trained on.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
     shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
@@ -78,8 +79,8 @@ def _auto(value: object) -> object:
 class TrainSection(Section):
     """How much is trained. A global batch is a whole number of micro-batches, which are never split (see ARCHITECTURE.md).
 
-    global_batch, micro_batch: clips. micro_batch may be auto (0): the largest that fits the memory, measured once before the first step
-    and kept for the whole run. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
+    global_batch: clips. micro_batch: clips; auto (0) is the most that fit the memory, measured once before the first step and kept for
+    the whole run. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
     trace: every rank records keys, frames, crops and tensor digests of what it consumed under `trace/`.
     time_limit: how long a call may take, as 3h30m or in seconds: it saves in time, ends with exit code 75, and the same command goes on.
     init_from: weights to begin with: a run folder, a checkpoint's folder, or a file (.safetensors, .pth).

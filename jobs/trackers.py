@@ -7,6 +7,7 @@ is told once and ends that one alone.
 import importlib
 import math
 import queue
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,16 +31,17 @@ class Trackers:
         self._opened: dict[str, tuple[Send, Callable[[], None]]] = {}
         makers = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
         wanted = [name for name in makers if getattr(recipe.track, name)]
-        self._makers = {name: makers[name] for name in wanted} | {"ray": _ray}
+        self._makers = {name: makers[name] for name in wanted} | ({"ray": _ray} if "ray" in sys.modules else {})
         self._recipe, self._start = recipe, start
         self._queue: queue.Queue[tuple[int, Figures] | None] = queue.Queue(PENDING)
         self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
-        self._thread.start()
+        if self._makers:
+            self._thread.start()
 
     def send(self, event: Mapping[str, object]) -> None:
         """A step or a validation; never waits and never raises."""
         step, kind = event.get("step"), event.get("event")
-        if not isinstance(step, int) or kind not in ("step", "validation"):
+        if not self._thread.is_alive() or not isinstance(step, int) or kind not in ("step", "validation"):
             return
         parts = event.get("parts")
         flat = {**event, **({f"seconds/{name}": value for name, value in parts.items()} if isinstance(parts, Mapping) else {})}
@@ -51,6 +53,8 @@ class Trackers:
 
     def close(self) -> None:
         """Waits CLOSE_S at the most for what is still to be sent."""
+        if not self._thread.is_alive():
+            return
         try:
             self._queue.put(None, timeout=CLOSE_S)
         except queue.Full:

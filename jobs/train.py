@@ -74,15 +74,17 @@ def run(recipe: Recipe) -> int:
                 progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
                 stoppable=True,
             )
-            kept = not remembered(recipe.run_dir).get("activation_checkpointing")
-            try:
-                train()
-            except (ClusterError, JobError) as error:
-                if isinstance(error, StoppedError) or not kept or not remembered(recipe.run_dir).get("activation_checkpointing"):
-                    raise
-                attempt = lease.newest_attempt(recipe.run_dir)
-                _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
-                train()  # from the last checkpoint, with activations recomputed
+            for recomputing in (bool(remembered(recipe.run_dir).get("activation_checkpointing")), True):
+                try:
+                    train()
+                    break
+                except (ClusterError, JobError) as error:
+                    ran_short = not recomputing and remembered(recipe.run_dir).get("activation_checkpointing")
+                    if isinstance(error, StoppedError) or not ran_short:
+                        raise
+                    attempt = lease.newest_attempt(recipe.run_dir)
+                    _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
+                # From the last checkpoint, with activations recomputed; here, where the error no longer holds on to the old engine.
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
         raise JobError(f"Training in {recipe.run_dir} ended before its last step. See {recipe.run_dir / 'logs'}.")
@@ -137,7 +139,8 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     def stop() -> bool:
         return stop_asked() or deadline.near()
 
-    if chooser.lacks(found) and not chooser.judge(engine, start, stop, saver.wait):
+    # Whatever the time limit: each call gets on.
+    if chooser.lacks(found) and not chooser.judge(engine, start, stop_asked, saver.wait):
         _leave(recipe, saver, log, start, steps)
     with (
         Loader(
