@@ -79,7 +79,7 @@ def table(result: Mapping[str, Any]) -> str:
     """For people."""
     head = "{preset} at {size} pixels, {global_batch} clips a step in micro-batches of {micro_batch}, {rounds} rounds".format(**result)
     rows = [
-        f"{name:<8} {clock:<4} {r['median']:.3f}x ({r['lowest']:.3f} to {r['highest']:.3f}), {r['seconds']:.3f} s against {r['against']:.3f} s"
+        f"{name:<8} {clock:<4} {r['median']:.3f} ({r['lowest']:.3f} to {r['highest']:.3f}), {r['seconds']:.2f} against {r['against']:.2f} s"
         for name, clocks in result["ratios"].items()
         for clock, r in clocks.items()
     ]

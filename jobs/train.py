@@ -166,6 +166,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
                 result = engine.train_step(step, mine, loss, stop=stop)
             except RuntimeError as error:
                 if is_out_of_memory(error):
+                    saver.wait()
                     raise out_of_memory(run_as, step, error) from error
                 raise
             seconds = time.perf_counter() - began
