@@ -16,7 +16,7 @@ import math
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.batch_norm import BatchNormStatistics
-from cluster.errors import CheckpointError, ClusterError
+from cluster.errors import CheckpointError
 from cluster.guard import Guard
 from cluster.loss_scale import LossScale
 from cluster.options import EngineOptions, OptimizerOptions
+from cluster.precision import DTYPES, compiled, precision_of
+from cluster.precision import autocast as autocast
 from cluster.schedule import average_decay, learning_rate
 from cluster.step_timer import StepTimer
 from cluster.topology import Worker, micro_batches_of
@@ -38,7 +40,6 @@ from cluster.zero import AVERAGE, PartitionedAdamW, parameter_groups
 STEP = "optimizer.step"
 LOSSES = "optimizer.losses"  # what the guard remembers; there only if it was asked to
 SCALE = "optimizer.scale"  # of the loss, in fp16 only
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batch = TypeVar("Batch")
 
@@ -103,7 +104,7 @@ class Engine:
     ) -> None:
         self.model = model.to(worker.device)
         self.device = torch.device(worker.device)
-        self.precision = _precision(options.precision, self.device)
+        self.precision = precision_of(options.precision, self.device)
         self._options = optimizer
         self._total_steps = total_steps
         self._num_micro_batches = num_micro_batches
@@ -117,7 +118,7 @@ class Engine:
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._scale = LossScale() if self.precision == "fp16" else None
-        self._objective = _Objective(_compiled(model, options), self.device.type, DTYPES.get(self.precision))
+        self._objective = _Objective(compiled(model, options), self.device.type, DTYPES.get(self.precision))
         self._zero = PartitionedAdamW(
             self._objective,
             model,
@@ -325,50 +326,3 @@ def _key(seed: int, step: int, micro: int) -> int:
     """A torch seed for one forward, in [0, 2^63)."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, step, micro), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _precision(wanted: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16"; rank 0's device decides "auto": the numerics of a gang must not differ between its machines."""
-    if wanted == "fp16" and device.type != "cuda":
-        raise ClusterError(
-            f"engine.precision: got fp16, which is for GPUs, but this rank runs on {device}. "
-            "Set engine.precision=bf16 or fp32: their numbers differ, so a run begun in fp16 goes on on GPUs only."
-        )
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        facts = torch.cpu.get_capabilities()
-        native = bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
-    choice = torch.tensor([int(native)], device=device)
-    dist.broadcast(choice, 0)
-    return "bf16" if choice.item() else "fp32"
-
-
-def autocast(options: EngineOptions, device: str) -> torch.autocast:
-    """The autocast under which training ran forward, for inference in a gang. A collective where the precision is "auto".
-
-    What was trained in fp16 is judged in float32 where there is no GPU.
-    """
-    where = torch.device(device)
-    wanted = "fp32" if options.precision == "fp16" and where.type != "cuda" else options.precision
-    precision = _precision(wanted, where)
-    return torch.autocast(where.type, dtype=DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
-
-
-def _compiled(model: nn.Module, options: EngineOptions) -> nn.Module:
-    """The model as `engine.compile` wants it run. Raises ClusterError where this machine cannot compile."""
-    if not options.compile:
-        return model
-    if options.zero_stage == 3:
-        raise ClusterError("engine.compile: got true, expected false at engine.zero_stage=3, which gathers weights module by module.")
-    try:
-        torch.compile(torch.sin)(torch.ones(1, device=next(model.parameters()).device))
-    except Exception as error:  # dynamo, inductor, Triton and the compiler each have their own
-        reason = " ".join(str(error).split())[:300]
-        raise ClusterError(
-            "engine.compile: got true, but torch.compile does not work here; it needs a C++ compiler (g++), and a C compiler for GPUs. "
-            f"Install one, or set engine.compile=false. It said: {reason}"
-        ) from None
-    return cast(nn.Module, torch.compile(model))

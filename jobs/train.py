@@ -6,7 +6,7 @@ and shows progress. `worker` is the loop itself, a plain function of recipe, ran
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -74,21 +74,26 @@ def run(recipe: Recipe) -> int:
                 progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
                 stoppable=True,
             )
-            for recomputing in (bool(remembered(recipe.run_dir).get("activation_checkpointing")), True):
-                try:
-                    train()
-                    break
-                except (ClusterError, JobError) as error:
-                    ran_short = not recomputing and remembered(recipe.run_dir).get("activation_checkpointing")
-                    if isinstance(error, StoppedError) or not ran_short:
-                        raise
-                    attempt = lease.newest_attempt(recipe.run_dir)
-                    _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
-                # From the last checkpoint, with activations recomputed; here, where the error no longer holds on to the old engine.
+            _until_it_fits(recipe, train, metrics)
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
         raise JobError(f"Training in {recipe.run_dir} ended before its last step. See {recipe.run_dir / 'logs'}.")
     return final.step
+
+
+def _until_it_fits(recipe: Recipe, train: Callable[[], None], metrics: Path) -> None:
+    """Trains; once again, with activations recomputed, when memory ran out while they were kept (`fit`)."""
+    for recomputing in (bool(remembered(recipe.run_dir).get("activation_checkpointing")), True):
+        try:
+            train()
+            return
+        except (ClusterError, JobError) as error:
+            ran_short = not recomputing and remembered(recipe.run_dir).get("activation_checkpointing")
+            if isinstance(error, StoppedError) or not ran_short:
+                raise
+            attempt = lease.newest_attempt(recipe.run_dir)
+            _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
+        # The second time begins here, where the error no longer holds on to the old engine.
 
 
 def _record(metrics: Path, event: Mapping[str, object]) -> None:

@@ -179,11 +179,11 @@ def test_without_memory_even_so_the_keys_to_change_are_named(tmp_path: Path, mot
 
 def test_compiling_without_a_compiler_is_one_clear_message(tmp_path: Path) -> None:
     code = (
-        "import torch, cluster.engine as engine, cluster.options as options\n"
+        "import torch, cluster.precision as precision, cluster.options as options\n"
         "from cluster.errors import ClusterError\n"
         "for stage in (0, 3):\n"
         "    try:\n"
-        "        engine._compiled(torch.nn.Linear(2, 2), options.EngineOptions(compile=True, zero_stage=stage))\n"
+        "        precision.compiled(torch.nn.Linear(2, 2), options.EngineOptions(compile=True, zero_stage=stage))\n"
         "    except ClusterError as error:\n"
         "        print(error)\n"
     )
