@@ -233,17 +233,23 @@ def train(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None
 @posmlp.command("eval")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
 @click.option("--average", type=click.IntRange(min=1), default=1, help="Mean of the weights of this many newest kept checkpoints.")
+@click.option("--checkpoint", default="last", show_default=True, metavar="best|last|STEP", help="best: of those that eval.every judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @OVERRIDES
-def evaluate(run_dir: Path, average: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+def evaluate(run_dir: Path, average: int, checkpoint: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Evaluate the newest checkpoint of a run folder on its validation split, into eval.json.
 
-    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, and one
-    of averaged checkpoints, is written beside eval.json under a name that says so: eval-clips4-crops3.json.
+    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, one
+    of averaged checkpoints and one of another than the newest is written beside eval.json under a name that says so:
+    eval-clips4-crops3.json.
     """
     from jobs import evaluate as verb
 
-    result = verb.run(run_dir, overrides=overrides, average=average)
+    if checkpoint not in ("best", "last") and not checkpoint.isdecimal():
+        raise click.UsageError(f"--checkpoint {checkpoint}: expected best, last or a step.")
+    if checkpoint != "last" and average > 1:
+        raise click.UsageError("--average takes the newest checkpoints: it does not go with --checkpoint.")
+    result = verb.run(run_dir, overrides=overrides, average=average, checkpoint=checkpoint)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else verb.headline(result))
 
 
@@ -401,13 +407,22 @@ def checkpoint_verify(run_dir: Path) -> None:
 @checkpoint.command("export")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
 @STEP
-@click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option("--out", type=ANY_PATH, required=True, help="The .safetensors file to write, or the folder of a universal checkpoint.")
+@click.option("--to", "form", type=click.Choice(["released", "universal"]), default="released", show_default=True, help="See above.")
 @click.option("--last", is_flag=True, help="The last weights even where their running average (optimizer.ema) is there.")
-def checkpoint_export(run_dir: Path, step: int | None, out: Path, last: bool) -> None:
-    """Weights and buffers as one safetensors file under the released names."""
+def checkpoint_export(run_dir: Path, step: int | None, out: Path, form: str, last: bool) -> None:
+    """Weights and buffers as one safetensors file under the released names, or the training state for DeepSpeed.
+
+    --to universal writes DeepSpeed's universal format: weights, moments and Adam's step, for an engine of any world size and ZeRO
+    stage 1 to 3 with {"checkpoint": {"load_universal": true}}. It has the last weights, not their running average.
+    """
     from jobs import checkpoint_tools as verb
 
     chosen = verb.chosen(run_dir, step)
+    if form == "universal":
+        verb.export_universal(chosen, out)
+        click.echo(f"{out}: the training state of step {chosen.step} in DeepSpeed's universal format")
+        return
     click.echo(f"{out}: {len(verb.export(chosen, out, averaged=not last))} tensors of step {chosen.step}")
 
 
@@ -490,6 +505,21 @@ def bench_model(presets: str, repeats: int, threads: int, batch: int, as_json: b
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
+@bench.command("train")
+@click.option("--dataset", type=FOLDER, help="A built dataset.  [default: a small synthetic one]")
+@click.option("--preset", default="posmlp_s", show_default=True)
+@click.option("--size", default=224, show_default=True, help="Pixels.")
+@click.option("--global-batch", default=4, show_default=True, help="Clips a step.")
+@click.option("--micro-batch", default=2, show_default=True, help="Clips of a micro-batch; two of them at the least make a step.")
+@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds of each contest.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int, micro_batch: int, rounds: int, as_json: bool) -> None:
+    """What a training step costs beyond the model: our loop, saving, loading, ZeRO 0 to 3 against plain torch."""
+    from jobs import bench_train as verb
+
+    path = None if dataset is None else dataset.absolute()
+    result = verb.run(path, preset=preset, size=size, global_batch=global_batch, micro_batch=micro_batch, rounds=rounds)
+    click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 cli_cluster.add_to(posmlp)
 
 

@@ -7,6 +7,7 @@ nearest known one; errors name the key and, for keys from the file, the line. Th
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 Format = Literal[  # those of pipeline.label_file
     "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images", "tars"
 ]  # fmt: skip
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(step|epoch)s?")
 
 
 class Section(pydantic.BaseModel):
@@ -51,6 +53,9 @@ class DataSection(Section):
     format: of the label files, or of the folders where there are none; auto tells it from their content.
     dir: the built dataset; None: the folder `dataset` in the run folder.
     split_column: of the label file, where it has several. train_split, val_split: names in that column: trained on, and reported.
+    choose_split: a name in that column that is neither trained on nor reported: what `eval.every` judges.
+    choose_fraction: instead, share of each class of the train split that is held out for it, by whole groups and drawn by run.seed, and
+    not trained on.
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
     shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
@@ -63,6 +68,8 @@ class DataSection(Section):
     split_column: str = "split"
     train_split: str = "train"
     val_split: str = "val"
+    choose_split: str | None = None
+    choose_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     allow_missing: bool = False
     val_fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
     shard_size_mib: Count = 128
@@ -71,28 +78,37 @@ class DataSection(Section):
     limits: LimitOptions = LimitOptions()
 
 
+def _auto(value: object) -> object:
+    return 0 if value == "auto" else value
+
+
 class TrainSection(Section):
     """How much is trained. A global batch is a whole number of micro-batches, which are never split (see ARCHITECTURE.md).
 
-    global_batch, micro_batch: clips. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
+    global_batch: clips. micro_batch: clips; auto (0) is the most that fit the memory, measured once before the first step and kept for
+    the whole run. epochs: passes over the train split; steps: optimizer steps, instead of epochs.
     trace: every rank records keys, frames, crops and tensor digests of what it consumed under `trace/`.
     time_limit: how long a call may take, as 3h30m or in seconds: it saves in time, ends with exit code 75, and the same command goes on.
     init_from: weights to begin with: a run folder, a checkpoint's folder, or a file (.safetensors, .pth).
+    profile: [first, last] steps, counted from 1, of which every rank writes a profiler trace under `profile/`; null: none.
     freeze: beginnings of parameter names that are not trained, for example [patch_embed1, blocks1].
     """
 
     global_batch: Count = 32
-    micro_batch: Count = 8
+    micro_batch: Annotated[int, pydantic.Field(ge=0), pydantic.BeforeValidator(_auto)] = 8
     epochs: Annotated[float, pydantic.Field(gt=0)] = 60.0
     steps: Count | None = None
     trace: bool = False
     time_limit: Annotated[float, pydantic.BeforeValidator(seconds)] | None = None
     init_from: Path | None = None
     freeze: tuple[str, ...] = ()
+    profile: tuple[Count, Count] | None = None
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.global_batch % self.micro_batch:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: got {list(self.profile)}, expected the first step before the last")
+        if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch: got {self.global_batch}, expected a multiple of train.micro_batch ({self.micro_batch}), "
                 f"for example {max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch}"
@@ -100,9 +116,19 @@ class TrainSection(Section):
         return self
 
 
+def _interval(text: str) -> str:
+    """ "2 epochs" or "500 steps", as it is. Raises ValueError for anything else."""
+    found = _INTERVAL.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0 or (found[2] == "step" and not float(found[1]).is_integer()):
+        raise ValueError("expected a number of epochs or of whole steps, for example '1 epoch' or '500 steps'")
+    return text.strip()
+
+
 class EvalSection(Section):
     """How a split is judged: every video is seen in clips x crops (x 2 with `flip`) views, which are fused to one prediction.
 
+    every: validation while training, as "2 epochs" or "500 steps": the middle view of each sample of data.choose_split or
+    data.choose_fraction is judged, the state saved, and the best checkpoint kept; null: never.
     micro_batch: views in one forward pass. clips: spread evenly over the video; in segment sampling all cover it, shifted within the
     segments; uniform sampling has one only. crops: 1 is the centre, 3 lie along the longer side.
     flip: each view also mirrored; refused where augment.flip is 0, since left and right may be classes there.
@@ -114,10 +140,33 @@ class EvalSection(Section):
     crops: Literal[1, 3] = 1
     flip: bool = False
     fusion: Literal["sum_logits", "mean_softmax"] = "sum_logits"
+    every: Annotated[str, pydantic.AfterValidator(_interval)] | None = None
 
     @property
     def num_views(self) -> int:
         return self.clips * self.crops * (2 if self.flip else 1)
+
+    def protocol(self) -> dict[str, object]:
+        """What decides the figures of an evaluation."""
+        return self.model_dump(mode="json", exclude={"every"})
+
+    def every_steps(self, steps_per_epoch: float) -> int | None:
+        """Optimizer steps from one validation to the next; None without validation."""
+        found = _INTERVAL.fullmatch(self.every) if self.every else None
+        return found and max(1, round(float(found[1]) * (1 if found[2] == "step" else steps_per_epoch)))
+
+
+class TrackSection(Section):
+    """Where a run's figures go besides metrics.jsonl. What fails there is told once and stops nothing.
+
+    tensorboard: event files in the run folder's `tensorboard/`. mlflow: address of a tracking server, or a folder; needs the package
+    mlflow. wandb: a project of Weights & Biases; needs the package wandb. experiment: MLflow's name for a group of runs.
+    """
+
+    tensorboard: bool = False
+    mlflow: str | None = None
+    wandb: str | None = None
+    experiment: str = "posmlp-video"
 
 
 class Recipe(Section):
@@ -136,6 +185,7 @@ class Recipe(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     launch: LaunchOptions = LaunchOptions()
     eval: EvalSection = EvalSection()
+    track: TrackSection = TrackSection()
 
     @pydantic.model_validator(mode="after")
     def _views_exist(self) -> Self:
@@ -148,11 +198,26 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _choice_is_a_part_of_its_own(self) -> Self:
+        split, share = self.data.choose_split, self.data.choose_fraction
+        if split is not None and split in (self.data.train_split, self.data.val_split):
+            raise ValueError(f"data.choose_split: got '{split}', expected a split that is neither trained on nor reported, or null")
+        if split is not None and share:
+            raise ValueError(f"data.choose_fraction: got {share}, expected 0 where data.choose_split is set: one part to choose by")
+        if self.eval.every and split is None and not share:
+            raise ValueError(
+                f"eval.every: got '{self.eval.every}', expected data.choose_split or data.choose_fraction beside it: what to judge"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _views_and_mixing_fit(self) -> Self:
         micro, repeats = self.train.micro_batch, self.augment.repeats
         if micro % repeats:
             raise ValueError(f"augment.repeats: got {repeats}, expected a divisor of train.micro_batch ({micro}), which counts views")
-        if self.augment.mix is not None and micro // repeats < 2:
+        if self.train.global_batch % repeats:
+            raise ValueError(f"augment.repeats: got {repeats}, expected a divisor of train.global_batch ({self.train.global_batch})")
+        if micro and self.augment.mix is not None and micro // repeats < 2:
             raise ValueError(
                 f"augment.mix: got a micro-batch of one sample, expected at least 2 to mix: set train.micro_batch={2 * repeats} or more, "
                 "or remove augment.mix"
@@ -201,8 +266,8 @@ class Recipe(Section):
         kept["optimizer"] = {name: value for name, value in plain["optimizer"].items() if name not in ("max_skipped", "max_spike")}
         kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps", "init_from", "freeze")}
         kept["run"] = {"seed": plain["run"]["seed"]}
-        kept["engine"] = {"precision": plain["engine"]["precision"]}
-        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split")}
+        kept["engine"] = {name: plain["engine"][name] for name in ("precision", "compile")}
+        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split", "choose_fraction")}
         return {f"{section}.{name}": value for section, keys in sorted(kept.items()) for name, value in sorted(keys.items())}
 
 

@@ -15,10 +15,12 @@ import math
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
@@ -26,6 +28,7 @@ from jobs.recipe import Recipe, load_recipe
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
+from pipeline.manifest import held_out
 from pipeline.order import ORDER_VERSION
 from pipeline.requests import check_base_layer
 
@@ -111,7 +114,8 @@ def recipe_of(run_dir: Path) -> Recipe:
 
 def checkpoints(recipe: Recipe) -> CheckpointStore:
     """The run's checkpoint store. A key that an older checkpoint does not state had its default: a new key's default changes nothing."""
-    return CheckpointStore(recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, absent=Recipe().numerics())
+    keep, every = recipe.checkpoint.keep, recipe.checkpoint.keep_every
+    return CheckpointStore(recipe.run_dir / "checkpoints", keep=keep, keep_every=every, absent=Recipe().numerics())
 
 
 def total_steps(recipe: Recipe, num_samples: int) -> int:
@@ -119,6 +123,30 @@ def total_steps(recipe: Recipe, num_samples: int) -> int:
     if recipe.train.steps is not None:
         return recipe.train.steps
     return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.samples_per_step))
+
+
+def train_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
+    """(n,) rows of the index that are trained on, ascending."""
+    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+    return rows[~_held_out(recipe, dataset, rows)] if recipe.data.choose_fraction else rows
+
+
+def choice_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
+    """(n,) rows of the index that validation while training judges, ascending; none where the recipe names none."""
+    if recipe.data.choose_split is not None:
+        return dataset.rows(recipe.data.split_column, recipe.data.choose_split)
+    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+    return rows[_held_out(recipe, dataset, rows)] if recipe.data.choose_fraction else rows[:0]
+
+
+def _held_out(recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """(n,) which of the train split's rows `data.choose_fraction` holds out. Windows of one video stay together."""
+    units = [dataset.text("group", row) or dataset.text("source", row) for row in rows.tolist()]
+    members: dict[str, Counter[str]] = {}
+    for label, unit in zip(dataset.column("label")[rows].tolist(), units, strict=True):
+        members.setdefault(str(label), Counter())[unit] += 1
+    held = held_out(members, recipe.data.choose_fraction, recipe.run.seed, {})
+    return np.array([held[unit] for unit in units], dtype=np.bool_)
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> dict[str, object]:
@@ -164,11 +192,17 @@ def check_classes(recipe: Recipe, dataset: Dataset) -> None:
     """
     column, train, val = recipe.data.split_column, recipe.data.train_split, recipe.data.val_split
     labels = dataset.column("label")
-    found = {split: labels[dataset.rows(column, split)].astype(np.int64) for split in (train, val)}
+    parts = {train: train_rows(recipe, dataset), val: dataset.rows(column, val)}
+    found = {split: labels[rows].astype(np.int64) for split, rows in parts.items()}
     counts = {split: np.bincount(values, minlength=len(dataset.info.classes)) for split, values in found.items()}
     if not counts[val].any():
         raise DatasetError(
             f"{dataset.root}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."
+        )
+    if recipe.eval.every and not len(choice_rows(recipe, dataset)):
+        raise DatasetError(
+            f"{dataset.root}: eval.every has nothing to judge: data.choose_split is empty, or data.choose_fraction finds no class of two "
+            f"groups in '{train}'. Choose another split or share, or set eval.every=null."
         )
     lacking = [f"'{name}' ({counts[val][label]} in '{val}')" for label, name in enumerate(dataset.info.classes) if not counts[train][label]]
     if lacking:

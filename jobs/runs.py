@@ -19,7 +19,7 @@ from cluster.lease import LOCK
 from jobs.charts import duration, num_bytes
 from jobs.errors import JobError
 from jobs.recipe import Recipe
-from jobs.run_folder import checkpoints, recipe_of, total_steps
+from jobs.run_folder import checkpoints, recipe_of, total_steps, train_rows
 from pipeline.errors import PipelineError
 from pipeline.index import Dataset
 
@@ -139,7 +139,7 @@ def _total(recipe: Recipe) -> int | None:
         return recipe.train.steps
     try:
         dataset = Dataset.open(recipe.dataset_dir)
-        return total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+        return total_steps(recipe, len(train_rows(recipe, dataset)))
     except (PipelineError, OSError):  # it was moved or removed since
         return None
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cluster.topology import num_micro_batches
 from jobs.recipe import Recipe
-from jobs.run_folder import total_steps
+from jobs.run_folder import total_steps, train_rows
 from jobs.view_items import Cache
 from pipeline.index import Dataset
 from pipeline.options import AugmentOptions
@@ -65,7 +65,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
         self.recipe, self._dataset = recipe, dataset
-        self.rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+        self.rows = train_rows(recipe, dataset)
         self._order = Order(recipe.run.seed, len(self.rows))
         self.num_steps = total_steps(recipe, len(self.rows))
         self.num_micro = num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)

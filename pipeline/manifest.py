@@ -309,13 +309,20 @@ def ordered_classes(labels: set[str]) -> list[str]:
 
 
 def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_groups: Mapping[str, bool]) -> list[Source]:
-    """Holds out `val_fraction` of each class by whole groups, in the order of a keyed hash; a class of one group is not split.
-
-    Every class of two or more groups has both splits, unless groups are shared between classes in a way that does not allow it.
-    """
+    """Holds out `val_fraction` of each class by whole groups; see `held_out`."""
     members: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         members[source.label][source.group or source.key] += 1
+    held = held_out(members, val_fraction, seed, held_groups)
+    return [replace(source, splits=("val" if held[source.group or source.key] else "train",)) for source in sources]
+
+
+def held_out(members: Mapping[str, Counter[str]], share: float, seed: int, held_groups: Mapping[str, bool]) -> dict[str, bool]:
+    """Group -> whether it is held out: `share` of each class by whole groups, in the order of a keyed hash.
+
+    members: class -> its samples in each group. held_groups: of groups that are decided already. A class of one group is not split;
+    every class of two or more has both parts, unless groups are shared between classes in a way that does not allow it.
+    """
 
     def rank(unit: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{unit}".encode(), digest_size=16).digest()
@@ -323,7 +330,7 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_
     held = dict(held_groups)  # of units already decided: a group may have videos of several classes, and must not be torn apart
     for units in sorted(members.values(), key=lambda units: (len(units), sorted(units))):
         order = sorted(units, key=rank)
-        wanted = val_fraction * sum(units.values())
+        wanted = share * sum(units.values())
         have = sum(units[unit] for unit in order if held.get(unit, False))
         free = [unit for unit in order if unit not in held]
         kept = len(order) > len(free) + sum(held.get(unit, False) for unit in order)  # a decided unit of this class is in train
@@ -331,4 +338,4 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_
             last = place == len(free) - 1 and not kept
             held[unit] = have < wanted and not last
             have += units[unit] * held[unit]
-    return [replace(source, splits=("val" if held[source.group or source.key] else "train",)) for source in sources]
+    return held
