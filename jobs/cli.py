@@ -520,6 +520,8 @@ def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int,
     path = None if dataset is None else dataset.absolute()
     result = verb.run(path, preset=preset, size=size, global_batch=global_batch, micro_batch=micro_batch, rounds=rounds)
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
+
+
 cli_cluster.add_to(posmlp)
 
 

@@ -93,7 +93,8 @@ def _check(machines: Machines) -> None:
 
 
 def _must_hold(storage: Path, recipe: Recipe) -> None:
-    paths = {"run.dir": recipe.run_dir, "data.dir": recipe.data.dir, "data.videos": recipe.data.videos, "data.labels": recipe.data.labels}
-    for key, path in {**paths, "train.init_from": recipe.train.init_from}.items():
+    data = recipe.data
+    paths = {"run.dir": recipe.run_dir, "data.dir": data.dir, "data.videos": data.videos, "train.init_from": recipe.train.init_from}
+    for key, path in {**paths, **data.label_files}.items():
         if path is not None and not path.is_relative_to(storage):
             raise JobError(f"{key}={path} is not on the shared storage {storage}. Put it there, or name the right one with --storage.")

@@ -77,6 +77,15 @@ class DataSection(Section):
     encode: EncodeOptions = EncodeOptions()
     limits: LimitOptions = LimitOptions()
 
+    @property
+    def label_files(self) -> dict[str, Path]:
+        """Key, as `data.labels` or `data.labels.train`, to label file; empty without labels."""
+        if isinstance(self.labels, Mapping):
+            return {f"data.labels.{split}": path for split, path in self.labels.items()}
+        if isinstance(self.labels, tuple):
+            return {f"data.labels[{place}]": path for place, path in enumerate(self.labels)}
+        return {} if self.labels is None else {"data.labels": self.labels}
+
 
 def _auto(value: object) -> object:
     return 0 if value == "auto" else value

@@ -13,7 +13,7 @@ import click
 
 from cluster.topology import num_micro_batches
 from jobs.errors import RecipeError
-from jobs.recipe import load_recipe
+from jobs.recipe import load_recipe, parse_labels
 from jobs.run_folder import libraries
 
 RECIPE = "recipe.yaml"
@@ -77,11 +77,11 @@ class Work:
         )
         if recipe.launch.launcher == "local":
             raise RecipeError("launch.launcher=local trains without Ray, on one machine. To submit, leave it out.")
-        data, read, shared = recipe.data, {}, {"run.dir": recipe.run_dir}
+        data, shared = recipe.data, {"run.dir": recipe.run_dir}
+        read: dict[str, Path] = {}
         if verb == "run" and data.videos is not None:
             read["data.videos"] = data.videos
-            if data.labels is not None:
-                read["data.labels"] = data.labels
+            read.update(data.label_files)
             if data.dir is not None:
                 shared["data.dir"] = data.dir
         else:
@@ -108,10 +108,19 @@ class Work:
     def _build(cls, given: Mapping[str, object]) -> Self:
         if given["dry_run"]:
             raise click.UsageError("--dry-run tries videos where it runs: type it on a node of the cluster.")
-        paths = {name: os.path.abspath(str(given[name])) for name in ("videos", "labels", "out") if given[name] is not None}
-        command = ["data", "build", *(word for name, path in paths.items() for word in (f"--{name}", path)), *_overrides(given)]
-        needs = Needs(read={f"--{name}": paths[name] for name in ("videos", "labels") if name in paths}, shared={"--out": paths["out"]})
-        return cls(verb="data build", folder=paths["out"], command=command, needs=needs)
+        videos, out = os.path.abspath(str(given["videos"])), os.path.abspath(str(given["out"]))
+        texts = given["labels"]
+        assert isinstance(texts, tuple)
+        data = parse_labels(Path(videos), texts, None)  # which splits FILE and SPLIT=FILE are of, with absolute paths
+        named = {key: (key.removeprefix("data.labels.") if key.startswith("data.labels.") else "") for key in data.label_files}
+        labels = [f"{named[key]}={path}" if named[key] else str(path) for key, path in data.label_files.items()]
+        words = [
+            *(word for text in labels for word in ("--labels", text)),
+            *(["--format", str(given["format_"])] if given["format_"] else []),
+        ]
+        needs = Needs(read={"--videos": videos, **_texts(data.label_files)}, shared={"--out": out})
+        command = ["data", "build", "--videos", videos, *words, "--out", out, *_overrides(given)]
+        return cls(verb="data build", folder=out, command=command, needs=needs)
 
 
 def _parsed(words: Sequence[str]) -> tuple[str, Mapping[str, object]]:
