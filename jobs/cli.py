@@ -30,7 +30,7 @@ LABELS = click.option(
     help="CSV, TSV, JSONL or Parquet with path,label[,split...,group,start_s,end_s]; the official CSV of Kinetics; JSON of "
     "Something-Something; lists of PySlowFast and MMAction2. May be repeated. Without it: class = subfolder.",
 )
-FORMAT = click.option("--format", "format_", metavar="FORMAT", help="Of the label files, where it must not be told from their content.")
+FORMAT = click.option("--format", "format_", metavar="FORMAT", help="As what labels or folders are read, whatever their content.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

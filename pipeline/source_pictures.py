@@ -4,6 +4,7 @@ Pictures are untrusted input as well: JPEG and PNG alone, told by their first by
 """
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def read_pictures(path: Path, limits: LimitOptions, fps: float | None, num_frame
         files = _listed(path, limits, num_frames)
     else:
         files = [path]
-    size = sum(_size(file) for file in files)
+    size = sum(_size(file, may_be_link=not path.is_dir()) for file in files)
     if size > limits.max_bytes:
         raise RejectedError(Reason.TOO_MANY_BYTES, f"{size} bytes in {len(files)} pictures, limits.max_bytes is {limits.max_bytes}")
     rate = Fraction(fps or DEFAULT_RATE).limit_denominator(1001)
@@ -81,14 +82,19 @@ def _listed(folder: Path, limits: LimitOptions, num_frames: int | None) -> list[
     return [folder / name for name in series.names]
 
 
-def _size(file: Path) -> int:
-    """Of a regular file; the folder was looked at before, a link in it was not and may lead anywhere."""
+def _size(file: Path, *, may_be_link: bool) -> int:
+    """Of a regular file, in bytes. Whoever listed a single picture looked where its link leads; of those in a folder nobody did."""
     try:
-        if file.is_symlink():
-            raise RejectedError(Reason.UNREADABLE, f"{file.name} is a link")
-        return file.stat().st_size
+        status = file.stat() if may_be_link else file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RejectedError(Reason.MISSING) from None
+    except PermissionError as error:
+        raise RejectedError(Reason.UNREADABLE, str(error.strerror)) from None
     except OSError as error:
         raise RejectedError(Reason.READ_FAILED, f"{file.name}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectedError(Reason.UNREADABLE, f"{file.name} is not a regular file")
+    return status.st_size
 
 
 def _decoded(file: Path, limits: LimitOptions) -> tuple[VideoFrame, SourceFacts]:
@@ -109,6 +115,8 @@ def _kind(file: Path, limits: LimitOptions) -> str:
     try:
         with file.open("rb") as opened_file:
             head = opened_file.read(HEAD_BYTES)
+    except PermissionError as error:
+        raise RejectedError(Reason.UNREADABLE, str(error.strerror)) from None
     except OSError as error:
         raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
     if head[:3] not in _BEGINNINGS:

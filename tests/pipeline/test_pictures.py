@@ -121,7 +121,7 @@ def test_what_is_no_whole_video_is_said(tmp_path: Path) -> None:
     assert rejected(folder) == (Reason.NOT_A_VIDEO, "00003.png: neither JPEG nor PNG")
     (folder / "00003.png").unlink()
     (folder / "00003.png").symlink_to(folder / "00004.png")
-    assert rejected(folder) == (Reason.UNREADABLE, "00003.png is a link")
+    assert rejected(folder) == (Reason.UNREADABLE, "00003.png is not a regular file")
     (folder / "mask_00003.png").write_bytes(whole)
     assert rejected(folder) == (Reason.FRAMES_MISSING, "2 series of pictures, whose names begin with '', 'mask_'")
     (tmp_path / "empty").mkdir()
@@ -148,6 +148,11 @@ def test_one_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
         (frame,) = frames_of(tmp_path / "out.mp4")
         assert (report.num_frames, report.source.container) == (1, "image")
         assert np.abs(frame.astype(int) - rgb).max() <= 4, (name, frame[0, 0])
+    (tmp_path / "link.png").symlink_to(tmp_path / "rgb.png")
+    assert verify_and_transcode(tmp_path / "link.png", tmp_path / "out.mp4", EncodeOptions(), LIMITS).num_frames == 1
+    assert rejected(tmp_path / "gone.png")[0] == Reason.MISSING
+    os.mkfifo(tmp_path / "pipe.png")
+    assert rejected(tmp_path / "pipe.png") == (Reason.UNREADABLE, "pipe.png is not a regular file")  # and nobody waits for a writer
     (tmp_path / "no.png").write_bytes(b"GIF89a")
     assert rejected(tmp_path / "no.png") == (Reason.NOT_A_VIDEO, "no.png: neither JPEG nor PNG")
 
