@@ -18,7 +18,7 @@ from cluster.metrics import merge_steps, read_metrics
 from tests.cluster import hosts, ray_hosts
 from tests.cluster.hosts import Host, Lab
 from tests.jobs.soak_train import RECIPE
-from tests.ports import assert_as_listed
+from tests.ports import LIST, assert_as_listed
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = "/tmp/shared"
@@ -190,7 +190,7 @@ CONTROL = {
         "6379:NodeInfoGcsService/GetAllNodeInfo",
         "6379:InternalKVGcsService/InternalKVGet",
         "7110:NodeManagerService/GetNodeStats",
-        "7111:ObjectManagerService/FreeObjects",
+        "7111:ObjectManagerService/Push",
         "7003:ReporterService/GetTraceback",
         "10001:RayletDriver/ClusterInfo",
     ],
@@ -199,6 +199,9 @@ CONTROL = {
 
 def test_control_ports_refuse_whoever_has_no_token(cluster: Cluster) -> None:
     asked = [f"{kind}:{port}" for kind, ports in CONTROL.items() for port in ports]
+    workers = [port for _, _, port in json.loads(cluster.head.run(sys.executable, LIST).stdout) if 7500 <= port <= 7599]
+    asked += [f"grpc:{port}:CoreWorkerService/GetCoreWorkerStats" for port in workers]
+    assert workers
     script = ROOT / "tests" / "cluster" / "without_token.py"
     answered = json.loads(cluster.laptop.run(sys.executable, script, cluster.head.address, *asked).stdout)
     assert answered == {each: "401" if each.startswith("http") else "UNAUTHENTICATED" for each in asked}
