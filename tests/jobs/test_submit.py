@@ -18,6 +18,7 @@ from cluster.metrics import merge_steps, read_metrics
 from tests.cluster import hosts, ray_hosts
 from tests.cluster.hosts import Host, Lab
 from tests.jobs.soak_train import RECIPE
+from tests.ports import LIST, assert_as_listed
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = "/tmp/shared"
@@ -166,6 +167,8 @@ def test_submitted_twice_it_is_one_job_that_stops_saved_and_goes_on(cluster: Clu
     assert facts["step"] >= 5
     assert facts["workers"] == 2
     assert facts["left_s"] > 0
+    assert_as_listed("joined cluster, head", cluster.head)
+    assert_as_listed("joined cluster, node", cluster.node)
     code, said = cluster.posmlp("stop", f"{SHARED}/run")
     saved = cluster.last_step("run")
     assert (
@@ -179,6 +182,29 @@ def test_submitted_twice_it_is_one_job_that_stops_saved_and_goes_on(cluster: Clu
     code, said = cluster.posmlp("jobs", "--json")
     states = {job["id"]: job["state"] for job in json.loads(said) if job["folder"] == f"{SHARED}/run"}
     assert states == {name: "stopped", f"{name[:-1]}1": "failed"}
+
+
+CONTROL = {
+    "http": ["8265:GET:/api/jobs/", "8265:POST:/api/jobs/", "7002:GET:/api/job_agent/jobs/x/logs", "7005:POST:/get_or_create_runtime_env"],
+    "grpc": [
+        "6379:NodeInfoGcsService/GetAllNodeInfo",
+        "6379:InternalKVGcsService/InternalKVGet",
+        "7110:NodeManagerService/GetNodeStats",
+        "7111:ObjectManagerService/Push",
+        "7003:ReporterService/GetTraceback",
+        "10001:RayletDriver/ClusterInfo",
+    ],
+}
+
+
+def test_control_ports_refuse_whoever_has_no_token(cluster: Cluster) -> None:
+    asked = [f"{kind}:{port}" for kind, ports in CONTROL.items() for port in ports]
+    workers = [port for _, _, port in json.loads(cluster.head.run(sys.executable, LIST).stdout) if 7500 <= port <= 7599]
+    asked += [f"grpc:{port}:CoreWorkerService/GetCoreWorkerStats" for port in workers]
+    assert workers
+    script = ROOT / "tests" / "cluster" / "without_token.py"
+    answered = json.loads(cluster.laptop.run(sys.executable, script, cluster.head.address, *asked).stdout)
+    assert answered == {each: "401" if each.startswith("http") else "UNAUTHENTICATED" for each in asked}
 
 
 def test_what_is_finished_is_not_done_again(cluster: Cluster) -> None:

@@ -1,0 +1,78 @@
+"""What is submitted is checked before anything is sent: the command, the recipe, and what both need of a cluster."""
+
+from pathlib import Path
+
+import click
+import pytest
+
+from jobs.errors import RecipeError
+from jobs.recipe import parse_recipe
+from jobs.submission import Work, base_id, number_of
+from jobs.submit import write_files
+
+
+def work(*words: str) -> Work:
+    return Work.of(words, timeout_s=7)
+
+
+def test_a_training_carries_its_resolved_recipe_and_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = work("train", "weizmann", "data.dir=data", "run.dir=/s/run", "train.init_from=/s/w.pth", "launch.workers=2")
+    assert (found.verb, found.folder, found.command) == ("train", "/s/run", ["train", "recipe.yaml"])
+    assert found.needs.read == {"data.dir": f"{tmp_path}/data/dataset.json", "train.init_from": "/s/w.pth"}
+    assert found.needs.shared == {"run.dir": "/s/run"}
+    assert (found.needs.num_micro_batches, found.needs.launch["workers"], found.needs.timeout_s) == (2, 2, 7)
+    assert "torch" in found.needs.libraries
+    import yaml
+
+    sent = parse_recipe(yaml.safe_load(found.files["recipe.yaml"]), where="the file")
+    assert (sent.dataset_dir, sent.launch.workers) == (tmp_path / "data", 2)
+
+
+def test_build_run_and_eval_need_other_things() -> None:
+    built = work("data", "build", "--videos", "/s/v", "--out", "/s/d", "encode.gop=16")
+    assert built.command == ["data", "build", "--videos", "/s/v", "--out", "/s/d", "encode.gop=16"]
+    assert (built.needs.read, built.needs.shared, built.needs.num_micro_batches) == ({"--videos": "/s/v"}, {"--out": "/s/d"}, None)
+    whole = work("run", "weizmann", "data.videos=/s/v", "data.dir=/s/d", "run.dir=/s/run")
+    assert (whole.needs.read, whole.needs.shared) == ({"data.videos": "/s/v"}, {"run.dir": "/s/run", "data.dir": "/s/d"})
+    judged = work("eval", "/s/run", "--average", "2", "eval.clips=4")
+    assert judged.command == ["eval", "/s/run", "--average", "2", "eval.clips=4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "What shall be submitted"),
+        (["doctor"], "'doctor' cannot be submitted; possible: train, eval, run, data build"),
+        (["data", "build", "--videos", "/v", "--out", "/o", "--dry-run"], "type it on a node"),
+        (["train", "weizmann", "--launcher", "local"], r"launch\.launcher=local trains without Ray"),
+        (["train", "weizmann", "train.epoch=1"], r"train\.epoch .*: unknown key"),
+        (["trian", "weizmann"], "No such command 'trian'"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused_here(words: list[str], said: str) -> None:
+    with pytest.raises((click.UsageError, RecipeError), match=said):
+        work(*words)
+
+
+def test_ids_are_of_verb_and_folder() -> None:
+    assert base_id("data build", "/s/my data!") == base_id("data build", "/s/my data!")
+    assert base_id("train", "/a/run") != base_id("train", "/b/run")
+    assert base_id("train", "/a/run") != base_id("eval", "/a/run")
+    assert base_id("data build", "/s/my data!").startswith("posmlp-data-build-my-data-")
+    assert number_of(base_id("train", "/a/run") + "-12") == 12
+
+
+def test_the_files_are_our_four_packages_the_recipe_and_no_data(tmp_path: Path) -> None:
+    write_files(tmp_path, work("train", "weizmann", "run.dir=/s/run"))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {
+        "pipeline",
+        "model",
+        "cluster",
+        "jobs",
+        "recipe.yaml",
+        "submission.json",
+    }
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".py", ".j2", ".yaml", ".json", ""}
+    assert (tmp_path / "cluster" / "manifests" / "slurm.sh.j2").is_file()
