@@ -204,12 +204,11 @@ class CheckpointStore:
 
     def _kept(self) -> set[Path]:
         newest = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()][: self._keep]
-        if not self._keep_every:
-            regular = {}
-        else:
+        regular = {}
+        if self._keep_every:  # of equal steps the last save
             regular = {found.step: found.path for found in reversed(self.manifests()) if found.step % self._keep_every == 0}
         best = self.best()
-        return {*newest, *regular.values(), *([best.path] if best else [])}  # of equal steps the last save
+        return {*newest, *regular.values(), *([best.path] if best else [])}
 
     def judge(self, checkpoint: Checkpoint, score: Sequence[float], facts: Mapping[str, object], *, fence: Callable[[], None]) -> None:
         """Writes down what a checkpoint is worth: `score`, the greater the better, compared number by number; facts: JSON beside it."""

@@ -168,7 +168,7 @@ class EvalSection(Section):
 class TrackSection(Section):
     """Where a run's figures go besides metrics.jsonl. What fails there is told once and stops nothing.
 
-    tensorboard: event files in the run folder's `tensorboard/`. mlflow: address of a tracking server, or a folder; needs the package
+    tensorboard: event files in the run folder's `tensorboard/`. mlflow: address of a tracking server, http://HOST:PORT; needs the package
     mlflow. wandb: a project of Weights & Biases; needs the package wandb. experiment: MLflow's name for a group of runs.
     """
 

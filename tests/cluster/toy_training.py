@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import lease
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import CheckpointStore, model_state
 from cluster.engine import Engine
 from cluster.errors import ClusterError
 from cluster.metrics import MetricsWriter
@@ -258,6 +258,10 @@ def elastic(payload: Mapping[str, object], worker: Worker) -> None:
         different = [name for name in state if state[name].tobytes() != tensors[name].tobytes()]
         if different or (worker.rank == 0 and state.keys() != tensors.keys()):
             raise ClusterError(f"restored otherwise: {different}")
+        copy, expected = build_model(), model_state(tensors)
+        engine.copy_weights(copy)  # on every rank what evaluation sees
+        if not all(torch.equal(value, torch.from_numpy(expected[name])) for name, value in copy.state_dict().items()):
+            raise ClusterError("copied otherwise")
     mine = micro_batches_of(worker.rank, worker.world_size, ELASTIC_MICRO_BATCHES)
     with MetricsWriter(run_dir / "metrics.jsonl", worker.attempt) as metrics:
         for step in range(found.step if found else 0, until):

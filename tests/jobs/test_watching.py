@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from cluster.engine import Engine
 from cluster.metrics import read_metrics
+from cluster.ray_gauges import NAMES
 from jobs import train
 from jobs.errors import JobError
 from jobs.fit import candidates, remembered
@@ -111,6 +113,13 @@ def test_a_slow_tracker_delays_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     trackers.close()
     assert sent == [0]
     assert told == ["track.tensorboard is off for the rest of this attempt: ConnectionError: the server is gone"]
+
+
+def test_the_dashboard_shows_gauges_that_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    shown = set(re.findall(r"ray_posmlp_(\w+)", text))
+    assert shown == {*NAMES} - {"epoch"}
+    assert json.loads(text)["panels"]
 
 
 def test_a_profile_of_the_steps_asked_for(watched: Recipe) -> None:
