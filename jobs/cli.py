@@ -479,6 +479,29 @@ def bench_augment() -> None:
     click.echo(verb.table(verb.run()))
 
 
+@bench.command("decode")
+@click.argument("folder", type=FOLDER, required=False)
+@click.option("--videos", "num_videos", default=3, show_default=True, type=click.IntRange(min=1), help="How many are measured.")
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_decode(folder: Path | None, num_videos: int, repeats: int, as_json: bool) -> None:
+    """Clips per CPU-second, decoding only: streams against decoders, on the videos in FOLDER or on synthetic ones."""
+    from jobs import bench_decode as verb
+
+    result = verb.run(folder, num_videos=num_videos, repeats=repeats)
+    click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
+
+
+@bench.command("data")
+@click.option("--videos", "num_videos", default=6, show_default=True, type=click.IntRange(min=1), help="Synthetic scenes in the dataset.")
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+def bench_data(num_videos: int, repeats: int) -> None:
+    """CPU time per clip of the whole loader against its parts and against peers on stock files; the first batch at a far step."""
+    from jobs import bench_data as verb
+
+    click.echo(verb.table(verb.run(num_videos=num_videos, repeats=repeats)))
+
+
 @bench.command("ablations")
 @click.option("--videos", type=FOLDER, required=True, help="J-HMDB's videos.")
 @click.option("--labels", type=FILE, required=True, help="Their label file, with the official splits.")
