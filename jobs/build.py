@@ -17,14 +17,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import leaks
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
-from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, read_plan, remove_leftovers, write_plan
 from jobs.build_tasks import build_shards, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
 from pipeline.errors import DatasetError
-from pipeline.index import DatasetInfo, read_info
+from pipeline.index import Dataset, DatasetInfo, read_info
 from pipeline.manifest import Manifest, Source, read_manifest
 from pipeline.media import check_encoder
 from pipeline.media_worker import MediaWorker
@@ -32,7 +33,6 @@ from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import RejectedError
 from pipeline.shards import deal, sample
 
-PLAN_VERSION = 1
 SAMPLED_VIDEOS, SAMPLED_S = 8, 4.0  # how many videos, and how much of each, tell what the canonical form weighs
 
 
@@ -52,6 +52,13 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
         allow_missing=data.allow_missing,
         val_fraction=data.val_fraction,
     )
+
+
+def summary(out: Path, info: DatasetInfo) -> str:
+    """What is there now, for people. Raises DatasetError."""
+    found = leaks.find(Dataset.open(out))
+    text = f"{out}: {info.num_items} videos, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
+    return f"{text}; {leaks.summary(found)} ('posmlp data leaks {out}')" if found.found else text
 
 
 def run(

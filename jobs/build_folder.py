@@ -17,6 +17,7 @@ from pipeline.durable import TEMPORARY, committed
 from pipeline.errors import DatasetError, PipelineError
 
 LOCK = ".build.lock"
+PLAN_VERSION = 2  # of what a plan means and of the records of finished shards
 
 
 @contextmanager

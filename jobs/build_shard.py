@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline import likeness
 from pipeline.durable import committed
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
 from pipeline.manifest import Source
@@ -57,16 +58,19 @@ def record_path(work: Path, number: int) -> Path:
     return work / f"shard-{number:06d}.arrow"
 
 
-def read_record(path: Path) -> tuple[ShardInfo, pa.Table, list[dict[str, object]]]:
-    """A finished shard, its rows (mapped, not read) and its rows of the quarantine list."""
+def read_record(path: Path) -> tuple[ShardInfo, pa.Table, pa.Table, list[dict[str, object]]]:
+    """A finished shard, its rows and their digests (`likeness.COLUMNS`), both mapped and not read, and its rows of the quarantine list."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
-    return info, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"rejects"])
+    names = [field.name for field in likeness.COLUMNS]
+    plain = table.replace_schema_metadata(None)
+    return info, plain.drop_columns(names), plain.select(names), json.loads(table.schema.metadata[b"rejects"])
 
 
 def build_shard(task: ShardTask) -> int:
     """Makes one shard and, last, its record. Returns how many videos it rejected. Idempotent: doing it twice makes the same bytes."""
     rows: list[dict[str, object]] = []
+    likenesses: list[dict[str, object]] = []
     rejects: list[Reject] = []
     tar = task.out / NAME.format(task.number)
     with (
@@ -83,9 +87,12 @@ def build_shard(task: ShardTask) -> int:
                 continue
             member = writer.add(source.key, label, _facts(source, label, report), video)
             rows.append(_row(task, source, label, codes, report, member))
+            likenesses.append({"bytes": bytes.fromhex(report.source_digest), "content": bytes.fromhex(report.content)})
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
+    for field in likeness.COLUMNS:
+        table = table.append_column(field, pa.array([each[field.name] for each in likenesses], field.type))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
     with committed(record_path(task.work, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
         stream.write_table(table.replace_schema_metadata(metadata))

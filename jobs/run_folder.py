@@ -8,7 +8,6 @@ eval/            views judged so far            eval.json      predictions and f
 report.html      the page about it              eval-….json    the same, judged in another way
 """
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +22,7 @@ import numpy as np
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe, load_recipe
+from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
@@ -132,8 +132,7 @@ def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
     dataset = Dataset.open(recipe.dataset_dir)
-    with (dataset.root / dataset.info.index_file).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(dataset.root / dataset.info.index_file)
     if digest != dataset.info.index_sha256:
         raise DatasetError(
             f"{dataset.root / dataset.info.index_file} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
@@ -147,6 +146,17 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
             raise DatasetError(f"{path} {got}. Run 'posmlp data validate {dataset.root}', then build it again.")
     if len(dataset.rows(recipe.data.split_column, split)) == 0:
         raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
+    return dataset
+
+
+def worker_dataset(recipe: Recipe, fingerprint: object) -> Dataset:
+    """The dataset for one rank. Raises DatasetError when it is not the one that the driver opened: all ranks must see the same items."""
+    dataset = Dataset.open(recipe.dataset_dir)
+    if dataset.info.fingerprint != fingerprint:
+        raise DatasetError(
+            f"{dataset.root} was changed while a command worked with it: its fingerprint is {dataset.info.fingerprint}, was {fingerprint}. "
+            "Take its overlays back ('posmlp data exclude --undo', 'posmlp data relabel --undo') to go on with the same command."
+        )
     return dataset
 
 

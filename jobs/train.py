@@ -24,7 +24,7 @@ from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
+from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps, worker_dataset
 from jobs.run_log import RankLog, damage_before, follow
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> int:
         with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
             launch(
                 "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json"), "end": end},
+                {"recipe": recipe.model_dump(mode="json"), "end": end, "dataset": dataset.info.fingerprint},
                 run_dir=recipe.run_dir,
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
@@ -97,7 +97,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir)
+    dataset = worker_dataset(recipe, payload["dataset"])
     rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
     steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)

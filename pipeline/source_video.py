@@ -18,6 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipeline.canonical import Timed
+from pipeline.likeness import source_digest
 from pipeline.options import LimitOptions
 from pipeline.quarantine import MIN_SIDE, Reason, RejectedError
 
@@ -83,6 +84,15 @@ class _File:
 
     def close(self) -> None:
         self._file.close()
+
+
+def digest_of(path: Path, start_s: float | None, end_s: float | None) -> bytes:
+    """`likeness.source_digest` of a video. Raises RejectedError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return source_digest(file, start_s, end_s)
+    except OSError as error:
+        raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
 
 
 @contextmanager

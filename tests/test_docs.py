@@ -40,6 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = list(csv.DictReader(file))[:-1]  # the last one is broken
     copy(videos / rows[0]["path"], home / "new.mp4")
     copy(videos / rows[1]["path"], home / "more" / "left" / "another.mp4")
+    keys = [row["path"].removesuffix(".mp4") for row in rows]
+    (home / "bad.txt").write_text(f"{keys[0]}\n")
+    write_labels(home / "corrected.csv", [{"key": keys[1], "label": rows[2]["label"]}])
     lists: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
     for number, row in enumerate(rows):
         name = f"abcdefgh{number:03d}"
