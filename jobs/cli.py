@@ -499,6 +499,16 @@ def bench_augment() -> None:
     click.echo(verb.table(verb.run()))
 
 
+@bench.command("duplicates")
+@click.option("--videos", type=FOLDER, required=True, help="Videos that are all different.")
+def bench_duplicates(videos: Path) -> None:
+    """What finding duplicates costs a build, how many copies that were encoded again it finds, and what it takes for a copy by mistake."""
+    from jobs import bench_duplicates as verb
+
+    for name, value in verb.run(videos).items():
+        click.echo(f"{name}: {value}")
+
+
 @bench.command("ablations")
 @click.option("--videos", type=FOLDER, required=True, help="J-HMDB's videos.")
 @click.option("--labels", type=FILE, required=True, help="Their label file, with the official splits.")

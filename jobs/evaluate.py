@@ -204,7 +204,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.requests import eval_requests
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = worker_dataset(recipe, payload["dataset"])
+    dataset = worker_dataset(recipe.dataset_dir, payload["dataset"])
     parts = Path(str(payload["parts"]))
     numbers, store = payload["checkpoints"], checkpoints(recipe)
     assert isinstance(numbers, list)

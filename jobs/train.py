@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from cluster import lease
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.errors import StoppedError
@@ -24,8 +21,9 @@ from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps, worker_dataset
+from jobs.run_folder import check_classes, checkpoints, epoch_length, identity, newest_checkpoint, prepare, total_steps
 from jobs.run_log import RankLog, damage_before, follow
+from jobs.train_data import TrainData, open_checked_data, open_worker_data
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
 
@@ -46,9 +44,10 @@ def run(recipe: Recipe) -> int:
     from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
 
     end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
-    dataset = open_dataset(recipe, recipe.data.train_split)
-    check_classes(recipe, dataset)
-    steps = total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+    data = open_checked_data(recipe)
+    dataset = data.dataset
+    check_classes(recipe, dataset, data.mixture)
+    steps = total_steps(recipe, len(data.rows[0]))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
     with lease.hold(recipe.run_dir):
@@ -61,7 +60,7 @@ def run(recipe: Recipe) -> int:
         with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
             launch(
                 "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json"), "end": end, "dataset": dataset.info.fingerprint},
+                {"recipe": recipe.model_dump(mode="json"), "end": end, "datasets": data.fingerprints},
                 run_dir=recipe.run_dir,
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
@@ -97,9 +96,9 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = worker_dataset(recipe, payload["dataset"])
-    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
-    steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
+    data = open_worker_data(recipe, payload["datasets"])
+    dataset = data.dataset
+    steps, micro_batches = total_steps(recipe, len(data.rows[0])), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)
     # Rank 0 looks and the others follow: a checkpoint damaged or committed between two looks must not split the gang.
     newest = newest_checkpoint(recipe, dataset) if worker.rank == 0 else None
@@ -114,8 +113,8 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
     with Loader(
-        dataset,
-        _requests(recipe, dataset, rows, worker, start, steps),
+        data.source,
+        _requests(recipe, data, worker, start, steps),
         micro_batch=recipe.train.micro_batch,
         clip=recipe.clip,
         augment=recipe.augment,
@@ -131,7 +130,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
             mine = itertools.islice(batches, micro_batches // worker.world_size)
             result = engine.train_step(step, mine, loss, stop=lambda: stop_asked() or deadline.near())
             seconds = time.perf_counter() - began
-            log.step(step + 1, result, seconds, len(rows))
+            log.step(step + 1, result, seconds, epoch_length(recipe, len(data.rows[0])))
             deadline.step(seconds)
             heartbeat()
             if result.stop or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
@@ -191,14 +190,13 @@ def _counted(recipe: Recipe, worker: Worker, start: int) -> tuple[int, int]:
     return start * size // worker.world_size, len(mine)
 
 
-def _requests(
-    recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32], worker: Worker, start: int, steps: int
-) -> "Iterator[MicroBatchRequest]":
+def _requests(recipe: Recipe, data: TrainData, worker: Worker, start: int, steps: int) -> "Iterator[MicroBatchRequest]":
     from pipeline.requests import train_requests
 
     return train_requests(
-        dataset,
-        rows,
+        data.source,
+        data.rows,
+        weights=data.weights,
         seed=recipe.run.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,

@@ -243,6 +243,10 @@ class Dataset:
         shard = self.info.shards[self._table.column("shard")[row].as_py()]
         return Item(row=row, shard_file=shard.file, **values)
 
+    def part(self, row: int) -> int:
+        """0, as the number of the only dataset in a mixture of one."""
+        return 0
+
     def rows(self, split_column: str, split: str) -> npt.NDArray[np.uint32]:
         """Rows of one split without those left out, ascending, shape (n,). Raises DatasetError naming what there is instead."""
         names = self.info.splits.get(split_column)
