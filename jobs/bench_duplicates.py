@@ -1,6 +1,6 @@
 """posmlp bench duplicates: what the digests that find duplicates cost, how many copies they miss, how many they see that are none.
 
-Of a folder of videos, all taken for different: CPU time of transcoding with and without digests, one beside the other; copies that are encoded
+Of a folder of videos, all taken for different: CPU time of transcoding with and without digests, in turn; copies that are encoded
 again, and how many of them are found; pairs that are taken for the same. Of synthetic digests: time to find the groups.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from av.video.stream import VideoStream
 
 from jobs.errors import JobError
-from pipeline import likeness
+from pipeline import duplicates, likeness
 from pipeline.labels import VIDEO_SUFFIXES
 from pipeline.likeness import CONTENT_BYTES, STILL_BYTES, Likeness
 from pipeline.media import verify_and_transcode
@@ -42,7 +42,7 @@ def run(videos: Path) -> dict[str, object]:
     pairs = [(i, j) for i, j in itertools.combinations(range(len(files)), 2) if _alike(contents[i], contents[j])]
     found = sum(_alike(contents[place], copy) for place, copy in copies)
     began = time.process_time()
-    likeness.alike(_synthetic(SYNTHETIC))
+    duplicates.alike(_synthetic(SYNTHETIC))
     return {
         "videos": len(files),
         "copies encoded again": len(copies),
@@ -55,7 +55,7 @@ def run(videos: Path) -> dict[str, object]:
 
 
 def _alike(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
-    return int(likeness.alike(np.stack([a, b]))[1]) == 0
+    return int(duplicates.alike(np.stack([a, b]))[1]) == 0
 
 
 def _content(path: Path, folder: Path) -> npt.NDArray[np.uint8]:

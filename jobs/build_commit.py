@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from jobs.build_shard import read_record, record_path
-from pipeline import likeness
+from pipeline import duplicates
 from pipeline.durable import committed, sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset, DatasetInfo, ShardInfo, write_index
@@ -106,7 +106,7 @@ def commit(
         raise DatasetError(f"None of the {len(quarantine)} videos could be used, see {out / info.quarantine_file}: {listed}")
     sha256, size = write_index(out / info.index_file, tables)
     with committed(out / info.likeness_file) as file:
-        likeness.write_table(file, [*([_likeness(base)] if base else []), *made.likenesses])
+        duplicates.write_table(file, [*([_likeness(base)] if base else []), *made.likenesses])
     info = replace(info, likeness_sha256=sha256_of(out / info.likeness_file)).with_index(
         sha256=sha256,
         size=size,
@@ -123,8 +123,8 @@ def _likeness(base: Dataset) -> pa.Table:
     """The digests of a dataset's rows; nulls where it was built without them."""
     found = base.likeness()
     if found is not None:
-        return found.select([field.name for field in likeness.COLUMNS])
-    return pa.table([pa.nulls(len(base), field.type) for field in likeness.COLUMNS], schema=pa.schema(likeness.COLUMNS))
+        return found.select([field.name for field in duplicates.COLUMNS])
+    return pa.table([pa.nulls(len(base), field.type) for field in duplicates.COLUMNS], schema=pa.schema(duplicates.COLUMNS))
 
 
 def _remove_older(out: Path, generation: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline import likeness
+from pipeline import duplicates
 from pipeline.durable import committed
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
 from pipeline.manifest import Source
@@ -59,10 +59,10 @@ def record_path(work: Path, number: int) -> Path:
 
 
 def read_record(path: Path) -> tuple[ShardInfo, pa.Table, pa.Table, list[dict[str, object]]]:
-    """A finished shard, its rows and their digests (`likeness.COLUMNS`), both mapped and not read, and its rows of the quarantine list."""
+    """A finished shard, its rows and their digests (`duplicates.COLUMNS`), both mapped, and its rows of the quarantine list."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
-    names = [field.name for field in likeness.COLUMNS]
+    names = [field.name for field in duplicates.COLUMNS]
     plain = table.replace_schema_metadata(None)
     return info, plain.drop_columns(names), plain.select(names), json.loads(table.schema.metadata[b"rejects"])
 
@@ -91,7 +91,7 @@ def build_shard(task: ShardTask) -> int:
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
-    for field in likeness.COLUMNS:
+    for field in duplicates.COLUMNS:
         table = table.append_column(field, pa.array([each[field.name] for each in likenesses], field.type))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
     with committed(record_path(task.work, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:

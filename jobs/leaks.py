@@ -1,6 +1,6 @@
 """posmlp data leaks: videos that are in two splits at once, as equal bytes or as equal pictures.
 
-A model that was trained on a video is not judged by it. The build finds which items are the same (`pipeline.likeness`); here they are
+A model that was trained on a video is not judged by it. The build finds which items are the same (`pipeline.duplicates`); here they are
 compared with the splits, as overlays leave them.
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import likeness, overlay
+from pipeline import duplicates, overlay
 from pipeline.durable import committed, sha256_of
 from pipeline.errors import DatasetError
 from pipeline.overlay import Overlay
@@ -193,13 +193,13 @@ class Dataset:
         return self._table
 
     def likeness(self) -> pa.Table | None:
-        """The digests of all rows and which are the same, see `likeness.read_table`, mapped; None where there are none.
+        """The digests of all rows and which are the same, see `duplicates.read_table`, mapped; None where there are none.
 
         Raises DatasetError when they do not fit the index.
         """
         path = self.root / self.info.likeness_file
         try:
-            table = likeness.read_table(path) if self.info.likeness_sha256 else None
+            table = duplicates.read_table(path) if self.info.likeness_sha256 else None
         except (pa.ArrowInvalid, OSError) as error:
             raise DatasetError(f"{path} is damaged or missing ({error}). Run 'posmlp data validate {self.root}'.") from None
         if table is not None and table.num_rows != len(self):

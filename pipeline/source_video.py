@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from pipeline.canonical import Timed
 from pipeline.likeness import source_digest
 from pipeline.options import LimitOptions
-from pipeline.quarantine import MIN_SIDE, Reason, RejectedError
+from pipeline.quarantine import MAX_STREAMS, MIN_SIDE, Reason, RejectedError
 
 DEFAULT_RATE = Fraction(25)
 RATES = (Fraction(1, 10), Fraction(1000))  # a stated rate outside is not believed
@@ -140,6 +140,8 @@ def _open_container(file: _File, limits: LimitOptions) -> InputContainer:
 
 def video_stream(container: InputContainer, limits: LimitOptions) -> VideoStream:
     """The first video stream that is no cover picture, ready to decode on one thread; all other streams are skipped."""
+    if len(container.streams) > MAX_STREAMS:  # FFmpeg itself stops at 1000, as out of memory
+        raise RejectedError(Reason.TOO_MANY_STREAMS, f"{len(container.streams)} streams")
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:

@@ -11,8 +11,9 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import likeness
-from pipeline.likeness import CONTENT_BYTES, SOURCE_BYTES, STILL_BYTES, Likeness, alike, groups_of, source_digest
+from pipeline import duplicates, likeness
+from pipeline.duplicates import alike, groups_of
+from pipeline.likeness import CONTENT_BYTES, SOURCE_BYTES, STILL_BYTES, Likeness, source_digest
 from pipeline.media import verify_and_transcode, write_video
 from pipeline.options import EncodeOptions, LimitOptions
 
@@ -30,7 +31,7 @@ def plain_alike(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
     still = np.abs(a[:STILL_BYTES].astype(float) - b[:STILL_BYTES]).mean()
     moves = [each[STILL_BYTES:].view(np.int8).astype(float) / likeness.STEPS for each in (a, b)]
     moving = (np.abs(moves[0]).mean() + np.abs(moves[1]).mean()) / 2
-    return bool(still <= likeness.STILL and np.abs(moves[0] - moves[1]).mean() <= likeness.MOTION * moving + likeness.NOISE + 1e-12)
+    return bool(still <= duplicates.STILL and np.abs(moves[0] - moves[1]).mean() <= duplicates.MOTION * moving + duplicates.NOISE + 1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -108,11 +109,11 @@ def test_a_video_of_one_frame_has_a_digest_without_motion() -> None:
 
 
 def test_tables_keep_what_is_not_known(tmp_path: Path) -> None:
-    unknown = pa.table([pa.nulls(2, field.type) for field in likeness.COLUMNS], schema=pa.schema(likeness.COLUMNS))
+    unknown = pa.table([pa.nulls(2, field.type) for field in duplicates.COLUMNS], schema=pa.schema(duplicates.COLUMNS))
     rows = [{"bytes": bytes([i] * SOURCE_BYTES), "content": bytes([90 * i] * CONTENT_BYTES)} for i in (1, 2, 1)]
     with (tmp_path / "likeness.arrow").open("wb") as file:
-        likeness.write_table(file, [unknown, pa.Table.from_pylist(rows, schema=pa.schema(likeness.COLUMNS))])
-    table = likeness.read_table(tmp_path / "likeness.arrow")
+        duplicates.write_table(file, [unknown, pa.Table.from_pylist(rows, schema=pa.schema(duplicates.COLUMNS))])
+    table = duplicates.read_table(tmp_path / "likeness.arrow")
     assert table is not None
     assert table.column("group").to_pylist() == [-1, -1, 2, -1, 2]
     assert table.column("content").null_count == 2
