@@ -7,7 +7,7 @@ BUDGET_MIN ?= 20
 SEED   ?= 1
 # Most tests wait for processes that they start; more than two at a time need more than two cores.
 TEST_PROCESSES ?= 2
-.PHONY: demo test lint soak docs constraints clean
+.PHONY: demo test lint soak damage docs constraints clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
@@ -30,6 +30,10 @@ lint: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --budget-min $(BUDGET_MIN) --seed $(SEED)
+
+# What becomes of damaged videos, counted: docs/damage.md.
+damage: $(STAMP)
+	$(BIN)/python -m tests.soak_damage
 
 # The pages that are made from the code.
 docs: $(STAMP)
