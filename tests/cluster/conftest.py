@@ -13,7 +13,9 @@ sys.path.insert(0, HERE)  # local workers get this process's module path
 
 @pytest.fixture(autouse=True, scope="module")
 def module_path() -> Iterator[None]:
-    """Ray's workers, and drivers that are processes of their own, read it from the environment."""
+    """Ray's workers, and drivers that are processes of their own, read it from the environment, when their Ray is started."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # that of a file whose tests ran before in this process
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")])))
         yield
