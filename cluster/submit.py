@@ -186,7 +186,7 @@ def _submission(details: Any) -> Submission:
 def _reason(error: Exception) -> str:
     """One line of what went wrong. Of a lost connection the innermost reason, without the library's account of it."""
     inner: BaseException = error
-    while isinstance(inner, requests.RequestException | OSError) and isinstance(inner.__context__, BaseException):
+    while inner.__context__ is not None:
         inner = inner.__context__
     text = str(error) if isinstance(error, RuntimeError) else str(inner)
     return " ".join(text.split())[-400:]

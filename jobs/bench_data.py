@@ -5,7 +5,6 @@ one finds on a disk. All augment by the same graph (crop, flip, resize, normalis
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from jobs.bench_decode import CLIP_FRAMES, clip_at, starts_of
 from jobs.bench_footage import HEIGHT, NUM_FRAMES, WIDTH, footage, write_x264
-from jobs.bench_peers import Decode, Frames, decoders
+from jobs.bench_peers import LOOP, Decode, Frames, decoders
 from jobs.loose_videos import gather
 from pipeline import software_decode
 from pipeline.dali import Graph
@@ -34,11 +33,12 @@ from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOp
 from pipeline.reader import Reader
 from pipeline.requests import MicroBatchRequest, train_requests
 
-BATCH, STEPS, FAR = 8, 4, 123_456_789
+BATCH, STEPS, FAR = 8, 2, 123_456_789
 AUGMENT = AugmentOptions()
 FORMS = {"plain": (EncodeOptions(), ClipOptions()), "layered": (EncodeOptions(form="layered"), ClipOptions(starts="base"))}
 SIZE = (HEIGHT, WIDTH)
-Work: TypeAlias = Callable[[int], Callable[[], object]]  # takes the repeat and prepares, untimed, what is timed: STEPS batches
+# Takes the repeat and prepares, untimed, what is timed: STEPS batches. That may return CPU-seconds which do not belong to them.
+Work: TypeAlias = Callable[[int], Callable[[], float | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Result:
     missing: dict[str, str]
 
 
-def run(*, num_videos: int = 6, repeats: int = 7) -> Result:
+def run(*, num_videos: int = 4, repeats: int = 5) -> Result:
     """All works of a repeat take turns, so that a busy machine slows them alike."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def run(*, num_videos: int = 6, repeats: int = 7) -> Result:
 
 
 def _first_of(root: Path, step: int, repeat: int) -> Callable[[], None]:
-    return partial(_first, root, step + repeat if step else 0)
+    return partial(_load, root, FORMS["plain"][1], step + repeat if step else 0, 1)
 
 
 def table(result: Result) -> str:
@@ -111,9 +111,9 @@ def _timed(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
         for name, work in works.items():
             timed = work(repeat)
             began = time.process_time()
-            timed()
+            apart = timed() or 0.0
             if repeat:
-                times[name].append(1e3 * (time.process_time() - began))
+                times[name].append(1e3 * (time.process_time() - began - apart))
     return times
 
 
@@ -145,7 +145,7 @@ def _peers(files: list[Path], graph: Graph) -> tuple[dict[str, Work], dict[str, 
         loaders["torchdata StatefulDataLoader"] = StatefulDataLoader
     works = {}
     for name, loader in loaders.items():
-        for decoder in found.keys() - {"posmlp"}:
+        for decoder in found.keys() - {"posmlp", *([LOOP] if loader is not DataLoader else [])}:
             batches = loader(_Files(files, found[decoder]), batch_size=BATCH, shuffle=True, num_workers=0, collate_fn=list)
             works[f"stock files: {name}, {decoder}"] = _peer(iter(batches), graph)
     return works, missing
@@ -158,40 +158,40 @@ class _Loading:
         self._root, self._clip, self._dataset = root, clip, Dataset.open(root)
         self._graph = Graph(batch=BATCH, augment=AUGMENT, decode=False, device_id=None, threads=1)
         self._buffers = [np.empty((CLIP_FRAMES, *SIZE, 3), dtype=np.uint8) for _ in range(BATCH)]
-        self._asked = threading.Semaphore(0)
-        self._loader = _loader(self._dataset, self._gated(), clip)
 
     def works(self) -> dict[str, Work]:
         return {
-            "clip parameters": lambda repeat: partial(list, self._requests(repeat)),
-            "read and checksum": lambda repeat: partial(self._read, list(self._requests(repeat))),
+            "clip parameters": lambda repeat: partial(self._plan, repeat),
+            "read and checksum": lambda repeat: partial(self._reread, list(self._requests(repeat))),
             "decode": lambda repeat: partial(self._decode, requests := list(self._requests(repeat)), self._read(requests)),
             "augment": lambda repeat: partial(self._augment, list(self._requests(repeat))),
-            "whole loader": lambda _: self._load,
+            "whole loader": lambda repeat: partial(self._load, repeat * STEPS),
         }
 
     def close(self) -> None:
-        self._asked.release(10**6)  # the loader's thread may wait for it
-        self._loader.close()
         self._graph.close()
+
+    def _plan(self, repeat: int) -> None:
+        for _ in self._requests(repeat):
+            pass
 
     def _requests(self, repeat: int) -> Iterator[MicroBatchRequest]:
         return _requests(self._dataset, self._clip, repeat * STEPS, STEPS)
 
-    def _gated(self) -> Iterator[MicroBatchRequest]:
-        """Requests one by one as they are asked for: nothing is loaded ahead while something else is timed."""
-        for request in _requests(self._dataset, self._clip, 0, 10**6):
-            self._asked.acquire()
-            yield request
-
-    def _load(self) -> None:
-        self._asked.release(STEPS)
-        for _ in range(STEPS):
-            next(self._loader)
+    def _load(self, step: int) -> float:
+        """A loader that is started, loads and ends; returns what it takes to start one for a single batch, and that once more."""
+        began = time.process_time()
+        _load(self._root, self._clip, step, 1)
+        single = time.process_time() - began
+        _load(self._root, self._clip, step, 1 + STEPS)
+        return 2 * single
 
     def _read(self, requests: list[MicroBatchRequest]) -> list[list[bytes]]:
         with Reader(self._root) as reader:
             return [[reader.read(self._dataset.item(row)) for row in request.rows.tolist()] for request in requests]
+
+    def _reread(self, requests: list[MicroBatchRequest]) -> None:
+        self._read(requests)
 
     def _decode(self, requests: list[MicroBatchRequest], data: list[list[bytes]]) -> None:
         for request, files in zip(requests, data, strict=True):
@@ -227,11 +227,12 @@ def _loader(dataset: Dataset, requests: Iterable[MicroBatchRequest], clip: ClipO
     )
 
 
-def _first(root: Path, step: int) -> None:
-    """Opens the dataset and loads the batch of one step."""
-    dataset, clip = Dataset.open(root), FORMS["plain"][1]
-    with _loader(dataset, _requests(dataset, clip, step, 1), clip) as loader:
-        next(loader)
+def _load(root: Path, clip: ClipOptions, step: int, count: int) -> None:
+    """Opens the dataset and loads the batches of steps [step, step + count)."""
+    dataset = Dataset.open(root)
+    with _loader(dataset, _requests(dataset, clip, step, count), clip) as loader:
+        for _ in loader:
+            pass
 
 
 class _Files(TorchDataset[tuple[Frames, tuple[float, ...], bool]]):

@@ -36,10 +36,10 @@ class Footage:
     fps: float
 
 
-def footage(folder: Path | None, count: int) -> Iterator[Footage]:
+def footage(folder: Path | None, count: int, min_frames: int = 1) -> Iterator[Footage]:
     """`count` videos at the most: the first of `folder` by name that can be used, ten seconds of each; without a folder scenes 0, 1, ...
 
-    Raises JobError where the folder holds none.
+    min_frames: shorter ones are passed over. Raises JobError where the folder holds none.
     """
     if folder is None:
         yield from (Footage(name=f"scene {number}", frames=np.stack(list(scene(number))), fps=FPS) for number in range(count))
@@ -51,6 +51,8 @@ def footage(folder: Path | None, count: int) -> Iterator[Footage]:
                 report = worker.transcode(path, Path(work) / "video.mp4", None, 10.0)
             except RejectedError:
                 continue
+            if report.num_frames < min_frames:
+                continue
             with av.open(str(Path(work) / "video.mp4")) as container:
                 images = islice(container.decode(video=0), NUM_FRAMES)
                 frames = np.stack([np.asarray(image.to_ndarray(format="rgb24", dst_color_range="JPEG"), np.uint8) for image in images])
@@ -59,7 +61,7 @@ def footage(folder: Path | None, count: int) -> Iterator[Footage]:
             if yielded == count:
                 return
     if not yielded:
-        raise JobError(f"{folder} holds no video that can be used. Give a folder of video files.")
+        raise JobError(f"{folder} holds no video of {min_frames} frames or more that can be used. Give a folder of longer videos.")
 
 
 def scene(seed: int) -> Iterator[Frames]:

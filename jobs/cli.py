@@ -573,8 +573,8 @@ def bench_decode(folder: Path | None, num_videos: int, repeats: int, as_json: bo
 
 
 @bench.command("data")
-@click.option("--videos", "num_videos", default=6, show_default=True, type=click.IntRange(min=1), help="Synthetic scenes in the dataset.")
-@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+@click.option("--videos", "num_videos", default=4, show_default=True, type=click.IntRange(min=1), help="Synthetic scenes in the dataset.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
 def bench_data(num_videos: int, repeats: int) -> None:
     """CPU time per clip of the whole loader against its parts and against peers on stock files; the first batch at a far step."""
     from jobs import bench_data as verb

@@ -1,11 +1,9 @@
 """fp16: losses are scaled without a trace where nothing overflows, and the scale finds itself where something does."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training
 from torch import nn
 
@@ -13,19 +11,13 @@ from cluster.engine import Engine, autocast
 from cluster.errors import ClusterError
 from cluster.loss_scale import GROWTH, LossScale
 from cluster.options import EngineOptions
-from cluster.topology import Worker
 
-ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
+ALONE = toy_training.ALONE
 A = toy_training.NUM_MICRO_BATCHES
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # DeepSpeed's own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),  # DeepSpeed's own
+]
 
 
 def step(engine: Engine, number: int, factor: float = 1.0) -> object:

@@ -1,30 +1,22 @@
 """DeepSpeed itself goes on from an exported training state, at every ZeRO stage."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from cluster.topology import Worker
 from cluster.universal import write_universal
 
-ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
+ALONE = toy_training.ALONE
 A = toy_training.NUM_MICRO_BATCHES
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # DeepSpeed's own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),  # DeepSpeed's own
+]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -20,6 +20,7 @@ from cluster.options import EngineOptions, OptimizerOptions
 from cluster.topology import Worker, micro_batches_of
 from cluster.worker import agree, heartbeat
 
+ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
 NUM_MICRO_BATCHES = 4
 RESTORE = -1  # a misfortune's step: while the state is being restored
 OPTIMIZER = OptimizerOptions(lr=1e-2, warmup=0.2, clip_grad=1.0)

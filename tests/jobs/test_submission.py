@@ -1,10 +1,14 @@
 """What is submitted is checked before anything is sent: the command, the recipe, and what both need of a cluster."""
 
+import re
+import socket
 from pathlib import Path
 
 import click
 import pytest
 
+from cluster.errors import SubmitError
+from cluster.submit import Jobs
 from jobs.errors import RecipeError
 from jobs.recipe import parse_recipe
 from jobs.submission import Work, base_id, number_of
@@ -76,3 +80,18 @@ def test_the_files_are_our_four_packages_the_recipe_and_no_data(tmp_path: Path) 
     }
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".py", ".j2", ".yaml", ".json", ""}
     assert (tmp_path / "cluster" / "manifests" / "slurm.sh.j2").is_file()
+
+
+def test_an_address_where_nothing_listens_is_told_in_a_word() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(SubmitError, match=re.escape(f"{address}: no Ray dashboard answers there ([Errno 111] Connection refused). Is")):
+        Jobs(address)
+
+
+def test_label_files_in_parts_are_sent_as_they_were_given_and_looked_for() -> None:
+    parts = ["--labels", "train=/s/a.csv", "--labels", "val=/s/b.csv", "--format", "kinetics"]
+    built = work("data", "build", "--videos", "/s/v", *parts, "--out", "/s/d")
+    assert built.command == ["data", "build", "--videos", "/s/v", *parts, "--out", "/s/d"]
+    assert built.needs.read == {"--videos": "/s/v", "data.labels.train": "/s/a.csv", "data.labels.val": "/s/b.csv"}
