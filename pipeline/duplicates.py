@@ -102,7 +102,9 @@ def _neighbours(values: Bytes) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDAr
         taken = np.array([(step >> axis) & 1 for axis in range(NUM_SUMS)])
         wanted = _keys(cells + nearer * taken)
         begins, ends = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
-        yield from _pairs(begins, ends, order)
+        for left, right in _pairs(begins, ends, order):
+            near = np.abs(sums[left] - sums[right]).max(axis=1) <= STILL_BYTES * STILL  # most of a cell's neighbours are not
+            yield left[near], right[near]
 
 
 def _keys(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -266,6 +266,9 @@ a child of it ever had was {child} MiB.
 In a shard nothing goes unnoticed: every byte of a video is under a checksum. A source has none. What its decoder does not report nobody
 can know: one flipped bit of a picture may be another picture that is just as valid, and one of a header another header. FFmpeg's stricter
 detection (`err_detect=explode`) refused no more of the MP4 and AVI files than it does without, and was not taken.
+
+Files that are cut off between two frames are noticed where the container lists its frames (MP4). Matroska and MPEG-TS do not: what is
+cut off there is a shorter video, unnoticed.
 """
 
 
