@@ -7,6 +7,8 @@ A checkpoint exists when its manifest exists. Data goes first, under a name that
 and synced; then the fence is asked, then the manifest appears by a rename; only then are older checkpoints and the leftovers of dead
 writers removed. Kill the writer anywhere and the newest whole checkpoint still loads. Nothing here knows ranks or frameworks.
 
+A checkpoint that was judged has its `score.json` beside the manifest, written whole when the judging is done. The best one stays.
+
 The second number in the name counts saves: a run that fell back to an older step saves later, not smaller, numbers.
 """
 
@@ -18,9 +20,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -34,6 +37,7 @@ from cluster.tensor_file import write_safetensors as write_safetensors
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+SCORE = "score.json"
 _NAME = re.compile(r"step-(\d{8,})-(\d{6,})-[0-9a-f]{8}")
 
 
@@ -46,6 +50,15 @@ class Checkpoint:
     path: Path
     meta: Mapping[str, object]
     tensors: Mapping[str, object]
+
+    def judgement(self) -> dict[str, Any] | None:
+        """What `CheckpointStore.judge` wrote about it: "score", a list of numbers, and facts; None where it was not judged."""
+        try:
+            found = json.loads((self.path / SCORE).read_text(encoding="utf-8"))
+            usable = found["format"] == FORMAT_VERSION and all(isinstance(number, int | float) for number in found["score"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if usable else None
 
     def load(self) -> dict[str, Array]:
         """All arrays by name. Raises CheckpointError when a file does not hold what the manifest says."""
@@ -81,15 +94,17 @@ def _assemble(entry: object, folder: Path, files: dict[str, dict[str, Array]]) -
 
 
 class CheckpointStore:
-    """The checkpoints of one run under `root`. keep: how many whole ones stay. One writer at a time; readers need no lock.
+    """The checkpoints of one run under `root`. One writer at a time; readers need no lock.
 
+    keep: how many whole ones stay, the newest, beside the best of those that were judged (`judge`). keep_every: so do those of multiples
+    of so many steps, unless 0.
     absent: what the meta of older checkpoints means where it says nothing: the defaults of keys that were not there yet.
     save_s: how long the last finished save took.
     """
 
-    def __init__(self, root: Path, keep: int, absent: Mapping[str, object] | None = None) -> None:
+    def __init__(self, root: Path, keep: int, keep_every: int = 0, absent: Mapping[str, object] | None = None) -> None:
         self._root = root
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._absent = absent or {}
         self.save_s = 0.0
         self._thread: threading.Thread | None = None
@@ -180,12 +195,37 @@ class CheckpointStore:
         return sorted(((int(match[2]), self._root / name) for name, match in matches if match), reverse=True)
 
     def _remove_old(self) -> None:
-        whole = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()]
+        kept = self._kept()
         for _, folder in self._folders():
-            if folder in whole[: self._keep]:
+            if folder in kept:
                 continue
             (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one never looks whole
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _kept(self) -> set[Path]:
+        newest = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()][: self._keep]
+        regular = {}
+        if self._keep_every:  # of equal steps the last save
+            regular = {found.step: found.path for found in reversed(self.manifests()) if found.step % self._keep_every == 0}
+        best = self.best()
+        return {*newest, *regular.values(), *([best.path] if best else [])}
+
+    def judge(self, checkpoint: Checkpoint, score: Sequence[float], facts: Mapping[str, object], *, fence: Callable[[], None]) -> None:
+        """Writes down what a checkpoint is worth: `score`, the greater the better, compared number by number; facts: JSON beside it."""
+        fence()
+        temporary = checkpoint.path / f"{SCORE}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT_VERSION, "score": list(score), **facts}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, checkpoint.path / SCORE)
+        _sync_folder(checkpoint.path)
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint of the greatest score, of equal ones the first saved; None where none was judged. Bytes are not looked at."""
+        judged = [(found.judgement(), found) for found in self.manifests()]
+        ranked = [((facts["score"], -found.number), found) for facts, found in judged if facts is not None]
+        return max(ranked, key=lambda pair: pair[0], default=(None, None))[1]
 
     def manifests(self) -> list[Checkpoint]:
         """Checkpoints with a readable manifest, newest first; their bytes are not looked at."""

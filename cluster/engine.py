@@ -5,6 +5,8 @@ gradients and their reduction are float32 too. A step is the mean over the A mic
 share them: torch is seeded by (seed, step, micro-batch) before each forward, batch-norm statistics are averaged (`batch_norm`), the
 learning rate is a function of the step. So no random state, scheduler or world size is ever saved.
 
+In fp16, on GPUs, losses are scaled (`loss_scale`); a step whose gradients overflow is passed over and is none of the guard's bad steps.
+
 With `optimizer.ema` a running average of the weights is kept in float32, for evaluation (`checkpoint.model_state`): of the parameters
 beside AdamW's moments (`zero`), of floating buffers, batch-norm statistics among them, with the same decay, on every rank.
 """
@@ -13,7 +15,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -26,13 +28,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cluster.batch_norm import BatchNormStatistics
 from cluster.errors import CheckpointError
 from cluster.guard import Guard
+from cluster.loss_scale import LossScale
 from cluster.options import EngineOptions, OptimizerOptions
+from cluster.precision import DTYPES, compiled, precision_of
+from cluster.precision import autocast as autocast
 from cluster.schedule import average_decay, learning_rate
+from cluster.step_timer import StepTimer
 from cluster.topology import Worker, micro_batches_of
 from cluster.zero import AVERAGE, PartitionedAdamW, parameter_groups
 
 STEP = "optimizer.step"
 LOSSES = "optimizer.losses"  # what the guard remembers; there only if it was asked to
+SCALE = "optimizer.scale"  # of the loss, in fp16 only
 
 Batch = TypeVar("Batch")
 
@@ -42,6 +49,8 @@ class StepResult:
     """Of one optimizer step, equal on all ranks: mean loss over the global batch, gradient norm before clipping, learning rate.
 
     skipped: why nothing was applied, as in "loss of step 7 is nan". stop: some rank was asked to stop.
+    parts: of this rank alone, where the step's seconds went: "data", "forward", "backward", "collective" (waiting for the slowest rank
+    included; at ZeRO 1 to 3 what of the reduction does not overlap with backward), "optimizer" (at ZeRO 1 to 3 gathering weights too).
     """
 
     loss: float
@@ -49,6 +58,7 @@ class StepResult:
     lr: float
     skipped: str | None = None
     stop: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def _nobody_asks() -> bool:
@@ -94,7 +104,7 @@ class Engine:
     ) -> None:
         self.model = model.to(worker.device)
         self.device = torch.device(worker.device)
-        self.precision = _precision(options.precision, self.device)
+        self.precision = precision_of(options.precision, self.device)
         self._options = optimizer
         self._total_steps = total_steps
         self._num_micro_batches = num_micro_batches
@@ -102,11 +112,13 @@ class Engine:
         self._rank = worker.rank
         self._seed = seed
         self._guard = Guard(optimizer)
+        self._timer = StepTimer(self.device)
         self._batch_norm = BatchNormStatistics(model)
         persistent = set(model.state_dict())
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._objective = _Objective(model, self.device.type, torch.bfloat16 if self.precision == "bf16" else None)
+        self._scale = LossScale() if self.precision == "fp16" else None
+        self._objective = _Objective(compiled(model, options), self.device.type, DTYPES.get(self.precision))
         self._zero = PartitionedAdamW(
             self._objective,
             model,
@@ -116,6 +128,7 @@ class Engine:
             accumulation=len(self._micro_batches),
             averaged=bool(optimizer.ema),
             device=self.device,
+            timer=self._timer,
         )
         averaged = {name: buffer for name, buffer in self._buffers.items() if optimizer.ema and buffer.is_floating_point()}
         self._averages = {name: buffer.clone() for name, buffer in averaged.items()}
@@ -135,8 +148,11 @@ class Engine:
         stop: asked once on each rank; the result says on all ranks whether any said yes. The step is finished all the same.
         Raises ClusterError naming the step when it is one bad step too many (`guard`); then no later state may be saved.
         """
+        self._timer.begin()
         rate = learning_rate(step, self._total_steps, self._options)
         self._zero.set_rate(rate)
+        if self._scale:
+            self._zero.set_loss_scale(self._scale.value)
         if not self._objective.training:
             self._objective.train()
             self._keep_frozen_statistics()
@@ -146,26 +162,42 @@ class Engine:
         for number, value in enumerate(self._forwards(step, batches, loss, total), start=1):
             if number < len(self._micro_batches):
                 self._zero.backward(value)
+                self._timer.mark("backward")
                 self._zero.accumulate()
         assert value is not None
         # One reduction tells every rank the same, before the gang's gradients are: it travels with what must be reduced anyway.
         asked = torch.full((1,), float(stop()), dtype=torch.float64, device=self.device)
         means = torch.cat([total, self._batch_norm.total.to(self.device), asked])
         dist.all_reduce(means)
+        self._timer.mark("collective")
         means /= self._num_micro_batches
         good = means[0].isfinite() & (means[0] <= self._guard.bound)
         # A bad loss makes all gradients nan, on which no ZeRO stage steps. A factor of one changes nothing.
         self._zero.backward(value * torch.where(good, 1.0, torch.nan))
+        self._timer.mark("backward")
         norm = self._zero.apply(average_decay(step, self._options))
+        self._timer.mark("optimizer")
         mean_loss = float(means[0])
-        problem = self._guard.judge(step, mean_loss, norm)
+        problem = self._judge(step, mean_loss, norm, rate)
         if problem is None:
             self._batch_norm.finish(means[1:-1])
             self._average_buffers(step)
         else:
-            self._guard.skip(problem, step + 1 - self._zero.applied, rate)
             self._batch_norm.discard()
-        return StepResult(loss=mean_loss, grad_norm=norm, lr=rate, skipped=problem, stop=bool(means[-1] > 0))
+        return StepResult(loss=mean_loss, grad_norm=norm, lr=rate, skipped=problem, stop=bool(means[-1] > 0), parts=self._timer.split())
+
+    def _judge(self, step: int, loss: float, norm: float, rate: float) -> str | None:
+        """Why the step was passed over, None where it was not. Raises ClusterError for one bad step too many."""
+        scale = self._scale
+        if scale and scale.may_shrink and math.isfinite(loss) and loss <= self._guard.bound and not math.isfinite(norm):
+            scale.overflowed()  # no bad step: the scale is still being found
+            return f"gradient of step {step} overflows fp16; the loss scale is now {scale.value:g}"
+        problem = self._guard.judge(step, loss, norm)
+        if problem is not None:
+            self._guard.skip(problem, step + 1 - self._zero.applied - (scale.overflows if scale else 0), rate)
+        elif scale:
+            scale.applied()
+        return problem
 
     def _keep_frozen_statistics(self) -> None:
         """A batch norm whose parameters are frozen keeps its statistics, and uses them: evaluation mode."""
@@ -182,12 +214,14 @@ class Engine:
         for done, (micro, batch) in enumerate(batches, start=1):
             if done > len(self._micro_batches) or micro != self._micro_batches[done - 1]:
                 raise ValueError(f"step {step}: micro-batch {micro} came as number {done} of {list(self._micro_batches)}")
+            self._timer.mark("data")
             torch.manual_seed(_key(self._seed, step, micro))
             self._objective.bound = _bind(loss, batch)
             value = self._zero.forward()
             self._objective.bound = None
             total += value.detach()
             self._batch_norm.add()
+            self._timer.mark("forward")
             yield value
             if done == len(self._micro_batches):
                 return
@@ -209,7 +243,8 @@ class Engine:
         """The whole training state as fresh host copies on rank 0, {} on the others. A collective: every rank must call it.
 
         "model.<parameter>", "exp_avg.<parameter>", "exp_avg_sq.<parameter>" (float32), "buffer.<buffer>" and "optimizer.step";
-        with an average "ema.<parameter or buffer>", with a bound on the loss "optimizer.losses". Free of world size and ZeRO stage.
+        with an average "ema.<parameter or buffer>", with a bound on the loss "optimizer.losses", in fp16 "optimizer.scale".
+        Free of world size and ZeRO stage.
         """
         found = {}
         for name, tensor in self._gather():
@@ -226,6 +261,20 @@ class Engine:
         yield STEP, torch.tensor(self._zero.applied)
         if self._options.max_spike:
             yield LOSSES, torch.tensor([self._guard.mean, self._guard.seen], dtype=torch.float64)
+        if self._scale:
+            yield SCALE, torch.tensor([self._scale.value, self._scale.good, self._scale.overflows], dtype=torch.float64)
+
+    @torch.no_grad()
+    def copy_weights(self, target: nn.Module) -> None:
+        """Makes `target`, a module of the model's own class, what evaluation sees: weights and buffers, averages where there are any.
+
+        A collective that leaves the engine and its model as they are.
+        """
+        tensors = target.state_dict()
+        for name, tensor in self._zero.state([AVERAGE]):
+            tensors[name.partition(".")[2]].copy_(tensor)  # the average comes behind the last weights
+        for name, buffer in {**self._buffers, **self._averages}.items():
+            tensors[name].copy_(buffer)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -244,6 +293,9 @@ class Engine:
         if LOSSES in tensors:
             mean, seen = tensors[LOSSES].tolist()
             self._guard.mean, self._guard.seen = mean, int(seen)
+        if self._scale:
+            value, good, overflows = tensors[SCALE].tolist()
+            self._scale.value, self._scale.good, self._scale.overflows = value, int(good), int(overflows)
 
     def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
         return self._zero.keys if parameter.requires_grad else ("model",)
@@ -256,6 +308,8 @@ class Engine:
         expected |= {f"{AVERAGE}.{name}": tuple(average.shape) for name, average in self._averages.items()}
         if LOSSES in tensors:
             expected[LOSSES] = (2,)  # a bound on the loss may be set or lifted when a run is resumed
+        if self._scale:
+            expected[SCALE] = (3,)
         for name in sorted(expected.keys() | tensors.keys()):
             wanted, got = expected.get(name), tensors[name].shape if name in tensors else None
             if wanted != got:
@@ -272,23 +326,3 @@ def _key(seed: int, step: int, micro: int) -> int:
     """A torch seed for one forward, in [0, 2^63)."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, step, micro), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _precision(wanted: str, device: torch.device) -> str:
-    """ "fp32" or "bf16", as rank 0's device decides "auto": the numerics of a gang must not differ between its machines."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        facts = torch.cpu.get_capabilities()
-        native = bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
-    choice = torch.tensor([int(native)], device=device)
-    dist.broadcast(choice, 0)
-    return "bf16" if choice.item() else "fp32"
-
-
-def autocast(options: EngineOptions, device: str) -> torch.autocast:
-    """The autocast under which training ran forward, for inference in a gang. A collective where the precision is "auto"."""
-    where = torch.device(device)
-    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=_precision(options.precision, where) == "bf16")

@@ -4,6 +4,7 @@ ClusterError
 ├── TopologyError      batches, micro-batches and workers do not divide
 ├── CheckpointError    a checkpoint is missing, damaged, or of another run
 ├── LaunchError        workers could not start, or died more often than the restart budget allows
+├── SubmitError        a cluster does not answer, takes orders from anybody, or refuses a job
 ├── StoppedError       it was asked to stop before its end, and did; the same command goes on
 └── FencedError        another, newer driver owns this run folder
 """
@@ -23,6 +24,10 @@ class CheckpointError(ClusterError):
 
 class LaunchError(ClusterError):
     """Workers could not start, or died more often than allowed."""
+
+
+class SubmitError(ClusterError):
+    """A cluster does not answer, takes orders from anybody, or refuses a job."""
 
 
 class StoppedError(ClusterError):

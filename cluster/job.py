@@ -11,6 +11,7 @@ from typing import Self
 from cluster.errors import ClusterError, StoppedError
 
 USER_ERROR_EXIT = 3  # exit code of a worker whose failure is written for the user: trying again would not help
+STOPPED_EXIT = 75  # exit code of a command that stopped early with everything saved; EX_TEMPFAIL of sysexits.h
 FAILURE = "failure.json"
 STOP = "stop"
 TAIL_LINES = 12

@@ -69,27 +69,39 @@ class OptimizerOptions:
 class EngineOptions:
     """The DeepSpeed engine. Parameters and moments are float32; `precision` is that of the forward and backward pass.
 
-    precision: "auto" is bf16 where the device computes it natively, else fp32. zero_stage: DeepSpeed ZeRO, 0 to 3.
+    precision: "auto" is bf16 where the device computes it natively, else fp32; "fp16" is for GPUs, with a loss scale that finds itself.
+    zero_stage: DeepSpeed ZeRO, 0 to 3.
+    compile: run the model through torch.compile, which needs a compiler; not at stage 3. Its numbers differ in the last digits.
+    peak_tflops: 10^12 operations per second of one device, of which metrics show the share used; 0: a matrix product's, measured at start.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    compile: bool = False
+    peak_tflops: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.peak_tflops >= 0, "peak_tflops", self.peak_tflops, "0 (measured) or a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointOptions:
     """When state is saved. The last step always is.
 
-    every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones.
+    every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones, beside the best one of a
+    validation (`eval.every`). keep_every: those of multiples of so many steps stay too, a multiple of `every`; 0: none.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
     every: int = 200
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "every", self.every, "at least 1 step")
+        fits = self.keep_every >= 0 and self.keep_every % self.every == 0
+        _require(fits, "keep_every", self.keep_every, f"0 (off) or a multiple of checkpoint.every ({self.every})")
         _require(self.keep >= 1, "keep", self.keep, "at least 1")
 
 

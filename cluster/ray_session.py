@@ -57,7 +57,11 @@ def _join(address: str) -> None:
         ray.init(logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # other versions, token, address
         text = " ".join(str(error).split())
-        raise ClusterError(f"RAY_ADDRESS={address}: that Ray cannot be joined: {text} {advice}") from None
+        token = "" if os.environ.get("RAY_AUTH_MODE") == "token" else " not"
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: that Ray cannot be joined: {text}. If it asks for a token (RAY_AUTH_MODE is{token} 'token' here), "
+            f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with that cluster's. {advice}"
+        ) from None
 
 
 def _speaks_grpc(host: str, port: int) -> bool:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
@@ -25,10 +24,11 @@ from ray.exceptions import RayActorError
 from cluster import lease
 from cluster.errors import ClusterError, LaunchError, StoppedError
 from cluster.job import Job, Place, hung, next_folder, tails, worker_environment
+from cluster.nodes import interface_of, living
 from cluster.options import LaunchOptions
 from cluster.restarts import Restarts
 from cluster.stopping import remember_sigterm
-from cluster.topology import check_world_size, largest_world_size
+from cluster.topology import fit_workers
 
 DEATHS = "deaths.jsonl"
 POLL_S = 0.5
@@ -127,23 +127,12 @@ def _watch(
 
 
 def _size(num_micro_batches: int, options: LaunchOptions) -> tuple[int, ScalingConfig]:
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
-    if options.workers == "auto":
-        workers = largest_world_size(num_micro_batches, gpus or int(cpus // max(1, options.cpus_per_worker)))
-    else:
-        workers = int(options.workers)
-        check_world_size(num_micro_batches, workers)
-    # Without a wish, reserve little and let each worker use its share of the machine it lands on, one per machine while there are any.
-    reserved = float(options.cpus_per_worker) or min(1.0, cpus / workers)
-    if workers * reserved > cpus or (gpus and workers > gpus):
-        raise LaunchError(
-            f"launch.workers={workers} with {reserved:g} CPUs each do not fit the Ray cluster, which has {cpus:g} CPUs and {gpus} GPUs. "
-            "Lower launch.workers or launch.cpus_per_worker."
-        )
+    nodes = living()
+    workers, reserved = fit_workers(num_micro_batches, options, [(node.cpus, node.gpus) for node in nodes])
+    gpus = any(node.gpus for node in nodes)
     wanted: dict[str, float] = {"CPU": reserved, **({"GPU": 1.0} if gpus else {})}
     strategy = "PACK" if gpus else "SPREAD"
-    return workers, ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=wanted, placement_strategy=strategy)
+    return workers, ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=wanted, placement_strategy=strategy)
 
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -261,7 +250,7 @@ def _work(config: dict[str, object]) -> None:
     threads = int(str(config["threads"])) or max(1, len(os.sched_getaffinity(0)) // local)
     alone = local == context.get_world_size()  # a gang on one machine has no business on the network
     address = "127.0.0.1" if alone else ray.util.get_node_ip_address()
-    interface = _interface(address)
+    interface = interface_of(address)
     os.environ.update(worker_environment(threads), GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # after the environment is set
 
@@ -277,11 +266,3 @@ def _work(config: dict[str, object]) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
         descriptor = server.detach() if server else None
         run(job, place, lambda: TCPStore(host, port, world_size, rank == 0, master_listen_fd=descriptor), log)
-
-
-def _interface(address: str) -> str:
-    """The network interface that has this address."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return str(name)
-    raise LaunchError(f"No network interface of {socket.gethostname()} has Ray's node address {address}.")

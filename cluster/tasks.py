@@ -3,6 +3,7 @@
 A task must be idempotent: Ray runs it again when the process or machine under it dies. Results come as they are finished.
 """
 
+import sys
 from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 PER_CPU = 2  # tasks submitted per CPU: the next one waits beside the one that runs
+SILENCE_S = 15.0  # until a cluster that has no room for a single task is named
 
 
 def run_tasks(
@@ -41,7 +43,9 @@ def run_tasks(
                 running[remote.remote(following)] = following
             if not running:
                 return
-            finished, _ = ray.wait(list(running), num_returns=1)
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=SILENCE_S)
+            if not finished:
+                _say_if_there_is_no_room(cpus_per_task)
             for reference in finished:
                 argument = running.pop(reference)
                 result: Result = _outcome(reference)
@@ -49,6 +53,18 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _say_if_there_is_no_room(cpus_per_task: float) -> None:
+    """Such tasks wait for ever, unless the cluster grows by itself: so it is no error, but must not be silent."""
+    cpus = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if cpus < cpus_per_task:
+        print(
+            f"waiting: a task needs {cpus_per_task:g} CPU, the largest machine of this Ray cluster has {cpus:g}. "
+            "Add machines (ray start --address=...), or press Ctrl-C and unset RAY_ADDRESS to use this machine.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _outcome(reference: "ray.ObjectRef") -> Any:

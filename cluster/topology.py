@@ -4,9 +4,14 @@ A rank of a gang of W runs A/W micro-batches a step by accumulation, rank r thos
 divide A, and nothing that happens inside one micro-batch (batch-norm statistics, dropout, mixing) can depend on W.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import TopologyError
+from cluster.errors import LaunchError, TopologyError
+from cluster.options import LaunchOptions
+
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a CPU that a worker may reserve on Ray when the recipe does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,33 @@ def check_world_size(num_micro_batches: int, world_size: int) -> None:
             f"launch.workers={world_size} does not divide the {num_micro_batches} micro-batches of a global batch "
             f"(train.global_batch / train.micro_batch). Possible: {', '.join(map(str, world_sizes(num_micro_batches)))}."
         )
+
+
+def fit_workers(num_micro_batches: int, options: LaunchOptions, nodes: Sequence[tuple[float, int]]) -> tuple[int, float]:
+    """(workers, CPUs that each reserves) of a gang on nodes with so many (CPUs, GPUs) each; one GPU a worker where there are any.
+
+    Raises TopologyError when `options.workers` does not divide A, LaunchError when the workers do not fit, node by node.
+    """
+    total_cpus, total_gpus = sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes)
+
+    def room(cpus_each: float) -> int:
+        return sum(min(int(cpus / cpus_each), gpus if total_gpus else sys.maxsize) for cpus, gpus in nodes)
+
+    wish = float(options.cpus_per_worker)
+    if options.workers == "auto":
+        # Without a wish for CPUs, GPUs are what counts where there are any.
+        workers = largest_world_size(num_micro_batches, room(wish or (SHARES[-1] if total_gpus else SHARES[0])))
+    else:
+        workers = int(options.workers)
+        check_world_size(num_micro_batches, workers)
+    # Without a wish, reserve little and let each worker use its share of the machine it lands on, one per machine while there are any.
+    reserved = wish or next((share for share in SHARES if room(share) >= workers), SHARES[0])
+    if workers > room(reserved):
+        raise LaunchError(
+            f"launch.workers={workers} with {reserved:g} CPUs each do not fit the Ray cluster, which has {total_cpus:g} CPUs and "
+            f"{total_gpus} GPUs on {len(nodes)} nodes. Lower launch.workers or launch.cpus_per_worker."
+        )
+    return workers, reserved
 
 
 def micro_batches_of(rank: int, world_size: int, num_micro_batches: int) -> range:

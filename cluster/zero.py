@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ClusterError
 from cluster.options import OptimizerOptions
+from cluster.step_timer import StepTimer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"
@@ -31,6 +32,7 @@ class PartitionedAdamW:
 
     objective: a module whose forward takes nothing and returns a scalar loss. names: of `model`'s parameters in `state` and `put`.
     accumulation: backward passes in a step. averaged: keep a running average of the weights. Its weights are rank 0's.
+    timer: told when a reduction of gradients begins and ends.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class PartitionedAdamW:
         accumulation: int,
         averaged: bool,
         device: torch.device,
+        timer: StepTimer,
     ) -> None:
         self._model, self._stage, self._device = model, stage, device
         self._clip = options.clip_grad
         self._rank = dist.get_rank()
         self.keys = ("model", *MOMENTS, AVERAGE) if averaged else ("model", *MOMENTS)
         self.applied = 0  # AdamW's step count
+        self._loss_scale = 1.0
         self._adam = torch.optim.AdamW(list(groups), lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
         size = sum(parameter.numel() for parameter in model.parameters())
         deepspeed = _deepspeed(device)
@@ -66,14 +70,32 @@ class PartitionedAdamW:
             "steps_per_print": None,
         }
         self._engine = deepspeed.initialize(model=objective, optimizer=self._adam, config=config, dist_init_required=False)[0]
+        self._time_reduction(timer)
         if averaged:
             for partition in self._prepared():
                 self._adam.state[partition][AVERAGE] = partition.detach().clone()
+
+    def _time_reduction(self, timer: StepTimer) -> None:
+        """Marks what DeepSpeed's backward pass spends in its reduction of gradients, of which there is no public figure."""
+        reduce = self._engine.allreduce_gradients
+
+        def timed(*arguments: object, **options: object) -> None:
+            timer.mark("backward")
+            reduce(*arguments, **options)
+            timer.mark("collective")
+
+        self._engine.allreduce_gradients = timed
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the next step, times each group's own scale."""
         for group in self._adam.param_groups:
             group["lr"] = rate * group["lr_scale"]
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Factor of the losses of the next step; gradients and their norm come back without it."""
+        self._loss_scale = scale
+        if self._stage:
+            self._engine.optimizer.override_loss_scale(scale)  # which then scales and unscales by itself
 
     def forward(self) -> Tensor:
         loss: Tensor = self._engine()
@@ -81,7 +103,7 @@ class PartitionedAdamW:
 
     def backward(self, loss: Tensor) -> None:
         """Of one micro-batch. The last one of a step also reduces the gradients over the gang."""
-        self._engine.backward(loss)
+        self._engine.backward(loss if self._stage or self._loss_scale == 1.0 else loss * self._loss_scale)
 
     def accumulate(self) -> None:
         """After the backward pass of each micro-batch but the last."""
@@ -95,6 +117,9 @@ class PartitionedAdamW:
         average_decay: share of the old average that remains.
         """
         if self._stage == 0:
+            if self._loss_scale != 1.0:
+                gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+                torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
             norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or math.inf))
             if not math.isfinite(norm):
                 for parameter in self._model.parameters():
@@ -112,8 +137,12 @@ class PartitionedAdamW:
                 torch._foreach_lerp_(averages, weights, 1.0 - average_decay)
         return norm
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """("model.<name>", float32 weights) and, of trainable parameters, their moments and average: whole tensors. A collective."""
+    def state(self, keys: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """("model.<name>", float32 weights) and, of trainable parameters, their moments and average: whole tensors. A collective.
+
+        keys: which of `self.keys` beside "model", all by default. A tensor is good until the next is asked for.
+        """
+        more = [key for key in self.keys[1:] if keys is None or key in keys]
         steps = {int(self._adam.state[partition]["step"]) for partition in self._prepared()}
         assert steps == {self.applied}, f"AdamW's groups are at steps {steps} instead of {self.applied}"
         for name, parameter in self._model.named_parameters():
@@ -122,7 +151,7 @@ class PartitionedAdamW:
                     yield f"model.{name}", parameter
                 continue
             yield f"model.{name}", parameter if self._stage == 0 else self._fragments.safe_get_full_fp32_param(parameter)
-            for key in self.keys[1:]:
+            for key in more:
                 if self._stage == 0:
                     yield f"{key}.{name}", self._adam.state[parameter][key]
                 else:

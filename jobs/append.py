@@ -19,12 +19,13 @@ from pathlib import Path
 import click
 
 from jobs.build_commit import collect, commit, libraries, missing_rows, read_quarantine
-from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
-from jobs.build_tasks import build_shards, request_of, shard_tasks
+from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
+from pipeline.labels import LabelFiles
 from pipeline.location import Location
-from pipeline.manifest import Manifest, Source, ordered_classes, read_manifest
+from pipeline.manifest import WINDOW_MARK, Manifest, Source, ordered_classes, read_manifest, summary
 from pipeline.media import check_encoder
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import TRIED_AGAIN
@@ -47,8 +48,9 @@ class Appended:
 def run(
     *,
     videos: Location,
-    labels: Path | None,
+    labels: LabelFiles,
     out: Location,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -68,8 +70,12 @@ def run(
             check_encoder(encode)
             seed, size_mib = (int(str(dataset.info.build[name])) for name in ("seed", "shard_size_mib"))
             held = _held_groups(dataset)
-            manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held)
+            manifest = read_manifest(
+                videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed, held_groups=held
+            )
+            click.echo(summary(manifest), err=True)
             _check_splits(dataset, manifest)
+            check_frames(manifest, encode)
             drawn = [replace(source, splits=()) for source in manifest.sources] if manifest.drawn else manifest.sources
             asked = replace(manifest, sources=drawn)  # which split a video was drawn into depends on the dataset as well
             request = request_of(asked, encode=encode, limits=limits, shard_size_mib=size_mib, seed=seed)
@@ -105,7 +111,10 @@ def _opens(videos: Location, source: Source) -> bool:
     if isinstance(videos, str):
         return True  # it is listed at the URL
     try:
-        with (videos / source.path).open("rb") as file:
+        path = videos / source.file
+        if path.is_dir():
+            return any(path.iterdir())
+        with path.open("rb") as file:
             return bool(file.read(1))
     except OSError:
         return False
@@ -138,7 +147,7 @@ def _check_splits(dataset: Dataset, manifest: Manifest) -> None:
     has = sorted(dataset.info.splits)
     if manifest.split_columns != has:
         raise ManifestError(
-            f"{dataset.root} has the split columns {', '.join(has)}, the new videos {', '.join(manifest.split_columns)}. "
+            f"{dataset.where} has the split columns {', '.join(has)}, the new videos {', '.join(manifest.split_columns)}. "
             "Give a label file with the same split columns."
         )
 
@@ -150,12 +159,12 @@ def _appended(info: DatasetInfo) -> list[object]:
 
 
 def _refuse_known(dataset: Dataset, sources: Sequence[Source]) -> None:
-    known = set(dataset.table.column("key").to_pylist())
+    known = {key.partition(WINDOW_MARK)[0] for key in dataset.table.column("key").to_pylist()}
     double = [source for source in sources if source.key in known]
     if double:
         listed = ", ".join(source.path for source in double[:SHOWN])
         raise ManifestError(
-            f"{dataset.root} has {len(double)} of these {len(sources)} videos already, by their keys, first {listed}. "
+            f"{dataset.where} has {len(double)} of these {len(sources)} videos already, by their keys, first {listed}. "
             "Give a label file that names only the new ones; files that differ and are called the same need another name or subfolder."
         )
 
@@ -206,7 +215,7 @@ def _extend(
 def _plan(dataset: Dataset, work: Path, request: Mapping[str, object]) -> None:
     """Writes down what is going to be appended, or checks that it is what an earlier call began."""
     out, info = dataset.root, dataset.info
-    asked = {**request, **{f"library {name}": version for name, version in libraries().items()}}
+    asked = {**request, **{f"library {name}": version for name, version in libraries().items()}, "plan_version": PLAN_VERSION}
     plan = read_plan(work)
     if plan is not None and plan["generation"] != info.generation:  # killed between dataset.json and its very last step
         shutil.rmtree(work)
@@ -253,6 +262,6 @@ def show(out: Location, done: Appended) -> None:
     new = ", ".join(f"{name} ({ids[name]})" for name in done.new_classes)
     click.echo(
         f"{out}: {done.num_items} videos appended, {done.num_quarantined} quarantined; "
-        f"{done.info.num_items} in all, {len(done.info.shards)} shards, fingerprint {done.info.fingerprint}"
+        f"{done.info.num_items} in all, {len(done.info.shards)} shards, fingerprint {Dataset.open(out).info.fingerprint}"
     )
     click.echo(f"classes: {f'new behind the old ones: {new}' if new else 'as they were'}")

@@ -20,17 +20,23 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import click
+
+from jobs import leaks
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
-from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, read_plan, remove_leftovers, write_plan
 from jobs.build_remote import Upload
-from jobs.build_tasks import build_shards, request_of, shard_tasks, splits_of
+from jobs.build_shard import transcode
+from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
 from pipeline.errors import DatasetError
-from pipeline.index import DatasetInfo, read_info
+from pipeline.index import Dataset, DatasetInfo, read_info
+from pipeline.labels import LabelFiles
 from pipeline.location import Location
 from pipeline.manifest import Manifest, Source, read_manifest
+from pipeline.manifest import summary as summary_of_labels
 from pipeline.media import check_encoder
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
@@ -38,7 +44,6 @@ from pipeline.quarantine import RejectedError
 from pipeline.shards import deal, sample
 from pipeline.source_files import SourceFiles
 
-PLAN_VERSION = 1
 SAMPLED_VIDEOS, SAMPLED_S = 8, 4.0  # how many videos, and how much of each, tell what the canonical form weighs
 
 
@@ -50,6 +55,7 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
     return run(
         videos=data.videos,
         labels=data.labels,
+        format=data.format,
         out=recipe.dataset_dir,
         encode=data.encode,
         limits=data.limits,
@@ -60,15 +66,24 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
     )
 
 
+def summary(recipe: Recipe, info: DatasetInfo) -> str:
+    """What is there now, for people. Raises DatasetError, StorageError."""
+    out = recipe.dataset_dir
+    found = leaks.find(Dataset.open(out, recipe.loader.remote))
+    text = f"{out}: {info.num_items} videos, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
+    return f"{text}; {leaks.summary(found)} ('posmlp data leaks {out}')" if found.found else text
+
+
 def run(
     *,
     videos: Location,
-    labels: Path | None,
+    labels: LabelFiles,
     out: Location,
     encode: EncodeOptions,
     limits: LimitOptions,
     shard_size_mib: int = 128,
     seed: int = 0,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     num_cpus: int | None = None,
@@ -79,7 +94,9 @@ def run(
     PipelineError (disk full, another build at work, an encoder option that x264 does not know).
     """
     check_encoder(encode)
-    manifest = read_manifest(videos, labels, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
+    manifest = read_manifest(videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
+    click.echo(summary_of_labels(manifest), err=True)
+    check_frames(manifest, encode)
     asked = request_of(manifest, encode=encode, limits=limits, shard_size_mib=shard_size_mib, seed=seed)
     made = partial(_make, videos, manifest, asked, encode, limits, num_cpus)
     with explained(out):
@@ -184,14 +201,13 @@ def _plan(
 def _measure_ratio(folder: Path, videos: Location, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> float:
     """Bytes of the canonical form per byte of source, from the beginnings of some videos; 1 when none of them tells."""
     before = after = 0.0
-    files = SourceFiles(videos)
+    files = SourceFiles(videos, limits)
     with MediaWorker(encode, limits) as worker, tempfile.TemporaryDirectory(dir=folder) as work:
         for source in sources:
             begin = source.start_s or 0.0
             end = min(begin + SAMPLED_S, source.end_s if source.end_s is not None else begin + SAMPLED_S)
             try:
-                with files.local(source, limits.max_bytes) as path:
-                    report = worker.transcode(path, Path(work) / "sample.mp4", source.start_s, end)
+                report = transcode(worker, files, source, Path(work) / "sample.mp4", end)
             except RejectedError:
                 continue
             num_frames = report.source.duration_s * report.source.fps

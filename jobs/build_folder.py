@@ -18,6 +18,8 @@ from pipeline.errors import DatasetError, PipelineError
 from pipeline.location import Location
 
 LOCK = ".build.lock"
+_ABSENT: Mapping[str, object] = {"encode.form": "plain"}  # what was meant before there was such an option
+PLAN_VERSION = 2  # of what a plan means and of the records of finished shards
 
 
 @contextmanager
@@ -54,7 +56,8 @@ def explained(out: Location) -> Iterator[None]:
 
 def compare(out: Location, built: Mapping[str, object], asked: Mapping[str, object], next_step: str) -> None:
     """Raises DatasetError naming every value that was asked for and is another one there."""
-    differences = [f"{name}: it has {built.get(name)!r}, asked for {value!r}" for name, value in asked.items() if built.get(name) != value]
+    has = {**_ABSENT, **built}
+    differences = [f"{name}: it has {has.get(name)!r}, asked for {value!r}" for name, value in asked.items() if has.get(name) != value]
     if differences:
         raise DatasetError(f"{out} holds another dataset. " + "; ".join(differences) + f". {next_step}")
 

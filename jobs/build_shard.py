@@ -7,21 +7,24 @@ dataset is at a URL, both are made in a temporary folder and uploaded in this or
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline import duplicates
 from pipeline.durable import committed
+from pipeline.errors import DatasetError
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
 from pipeline.location import Location
-from pipeline.manifest import Source
+from pipeline.manifest import WINDOW_MARK, Source
 from pipeline.media import MediaReport
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import Reason, RejectedError
 from pipeline.remote import RemoteFolder
+from pipeline.segments import cut_evenly
 from pipeline.shards import NAME, Member, ShardWriter
 from pipeline.source_files import SourceFiles
 
@@ -62,11 +65,13 @@ def record_path(work: Path, number: int) -> Path:
     return work / f"shard-{number:06d}.arrow"
 
 
-def read_record(path: Path) -> tuple[ShardInfo, pa.Table, list[dict[str, object]]]:
-    """A finished shard, its rows (mapped, not read) and its rows of the quarantine list."""
+def read_record(path: Path) -> tuple[ShardInfo, pa.Table, pa.Table, list[dict[str, object]]]:
+    """A finished shard, its rows and their digests (`duplicates.COLUMNS`), both mapped, and its rows of the quarantine list."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
-    return info, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"rejects"])
+    names = [field.name for field in duplicates.COLUMNS]
+    plain = table.replace_schema_metadata(None)
+    return info, plain.drop_columns(names), plain.select(names), json.loads(table.schema.metadata[b"rejects"])
 
 
 def build_shard(task: ShardTask) -> int:
@@ -87,50 +92,90 @@ def build_shard(task: ShardTask) -> int:
 def _make(task: ShardTask, work: Path, tar: Path, record: Path) -> list[Reject]:
     """Writes the tar and then the record. work: a folder for unfinished videos."""
     rows: list[dict[str, object]] = []
+    likenesses: list[dict[str, object]] = []
     rejects: list[Reject] = []
-    files = SourceFiles(task.videos)
+    files = SourceFiles(task.videos, task.limits)
     with MediaWorker(task.encode, task.limits) as worker, ShardWriter(tar) as writer:
         video = work / "video.mp4"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                with files.local(source, task.limits.max_bytes) as path:
-                    report = _transcode(worker, path, video, source)
+                report = _transcode(worker, files, source, video)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
-            member = writer.add(source.key, label, _facts(source, label, report), video)
-            rows.append(_row(task, source, label, codes, report, member))
+            for number, piece in enumerate(_pieces(video, source.key, report, task.encode)):
+                member = writer.add(piece.key, label, _facts(source, label, report, piece), piece.path)
+                rows.append(_row(task, source, label, codes, report, piece, member))
+                likenesses.append(_likeness(report) if number == 0 else {"bytes": None, "content": None})  # the first stands for all
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
+    for field in duplicates.COLUMNS:
+        table = table.append_column(field, pa.array([each[field.name] for each in likenesses], field.type))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
     with committed(record) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
         stream.write_table(table.replace_schema_metadata(metadata))
     return rejects
 
 
-def _transcode(worker: MediaWorker, path: Path, video: Path, source: Source) -> MediaReport:
-    """As the worker does it, but storage that fails gets some more chances. Raises RejectedError."""
+def transcode(worker: MediaWorker, files: SourceFiles, source: Source, destination: Path, end_s: float | None = None) -> MediaReport:
+    """What the worker makes of a source, at `destination`. end_s: where to stop, instead of the source's own end. Raises RejectedError."""
+    with files.local(source, destination) as path:
+        return worker.transcode(path, destination, source.start_s, source.end_s if end_s is None else end_s, source.num_frames)
+
+
+def _transcode(worker: MediaWorker, files: SourceFiles, source: Source, video: Path) -> MediaReport:
+    """The same, but storage that fails gets some more chances."""
     for delay_s in READ_AGAIN_S:
         try:
-            return worker.transcode(path, video, source.start_s, source.end_s)
+            return transcode(worker, files, source, video)
         except RejectedError as rejected:
             if rejected.reason != Reason.READ_FAILED:
                 raise
         time.sleep(delay_s)
-    return worker.transcode(path, video, source.start_s, source.end_s)
+    return transcode(worker, files, source, video)
 
 
-def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """What becomes one item: a video, or one of the windows that a long one is cut into. window: where in the video, None for all."""
+
+    key: str
+    path: Path
+    num_frames: int
+    window: dict[str, int] | None = None
+
+
+def _pieces(video: Path, key: str, report: MediaReport, encode: EncodeOptions) -> Iterator[_Piece]:
+    """The canonical video as one piece or, where it is too long for one, as several that hold every frame of it once."""
+    longest = encode.max_member_s
+    if longest is None or report.num_frames <= longest * report.fps:
+        yield _Piece(key=key, path=video, num_frames=report.num_frames)
+        return
+    begin, path = 0, video.with_name("window.mp4")
+    for number, num_frames in enumerate(cut_evenly(video, path, max(1, int(longest * report.fps) // encode.gop))):
+        window = {"number": number, "begin": begin, "of_frames": report.num_frames}
+        yield _Piece(key=f"{key}{WINDOW_MARK}{number:04d}", path=path, num_frames=num_frames, window=window)
+        begin += num_frames
+    if begin != report.num_frames:
+        raise DatasetError(f"video '{key}' has {report.num_frames} frames, its windows {begin}: a fault of ours, please report it.")
+
+
+def _likeness(report: MediaReport) -> dict[str, object]:
+    return {"bytes": bytes.fromhex(report.source_digest), "content": bytes.fromhex(report.content)}
+
+
+def _facts(source: Source, label: int, report: MediaReport, piece: _Piece) -> dict[str, object]:
     """The `.json` member: what a reader of the tars alone may want to know."""
     return {
+        **({} if piece.window is None else {"window": piece.window}),
         "label": label,
         "class": source.label,
         "path": source.path,
         "group": source.group,
         "start_s": source.start_s,
         "end_s": source.end_s,
-        "num_frames": report.num_frames,
+        "num_frames": piece.num_frames,
         "fps": report.fps,
         "width": report.width,
         "height": report.height,
@@ -139,9 +184,11 @@ def _facts(source: Source, label: int, report: MediaReport) -> dict[str, object]
     }
 
 
-def _row(task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, member: Member) -> dict[str, object]:
+def _row(
+    task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, piece: _Piece, member: Member
+) -> dict[str, object]:
     return {
-        "key": source.key,
+        "key": piece.key,
         "source": source.path,
         "group": source.group,
         "label": label,
@@ -150,7 +197,7 @@ def _row(task: ShardTask, source: Source, label: int, codes: list[int], report: 
         "size": member.size,
         "crc32": member.crc32,
         "begin": 0,
-        "end": report.num_frames,
+        "end": piece.num_frames,
         "fps": report.fps,
         "width": report.width,
         "height": report.height,

@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from cluster.tasks import run_tasks
 from jobs.build_shard import ShardTask, build_shard, record_path
+from jobs.errors import RecipeError
 from jobs.progress import Progress
 from pipeline.location import Location
 from pipeline.manifest import Manifest, Source
@@ -17,9 +18,13 @@ from pipeline.options import EncodeOptions, LimitOptions
 
 def request_of(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOptions, shard_size_mib: int, seed: int) -> dict[str, object]:
     """What decides the dataset, as plain values that a later request is compared with, value by value."""
-    digest, columns = hashlib.sha256(), fields(Source)
+    digest = hashlib.sha256()
+    always = [field.name for field in fields(Source) if field.default is MISSING]
+    later = [field.name for field in fields(Source) if field.default is not MISSING]  # so that older datasets keep their digest
     for source in manifest.sources:
-        digest.update(repr([getattr(source, field.name) for field in columns]).encode())
+        values = [getattr(source, name) for name in always]
+        more = [(name, value) for name in later if (value := getattr(source, name))]
+        digest.update(repr([*values, *more]).encode())
     digest.update(json.dumps([manifest.missing, manifest.classes, manifest.split_columns]).encode())
     nested = {"encode": asdict(encode), "limits": asdict(limits)}
     return {
@@ -28,6 +33,16 @@ def request_of(manifest: Manifest, *, encode: EncodeOptions, limits: LimitOption
         "seed": seed,
         **{f"{section}.{name}": value for section, values in nested.items() for name, value in values.items()},
     }
+
+
+def check_frames(manifest: Manifest, encode: EncodeOptions) -> None:
+    """Raises RecipeError where videos are folders of pictures and their rate is not stated."""
+    folders = [source.path for source in manifest.sources if source.num_frames]
+    if folders and encode.frames_fps is None:
+        raise RecipeError(
+            f"{len(folders)} videos are folders of pictures, first {folders[0]}. State the rate of their frames when the dataset is "
+            "built: data.encode.frames_fps=25."
+        )
 
 
 def splits_of(manifest: Manifest) -> dict[str, list[str]]:

@@ -30,7 +30,9 @@ def chosen(run_dir: Path, step: int | None) -> Checkpoint:
 def line(checkpoint: Checkpoint) -> str:
     """One checkpoint for people."""
     size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
-    return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}"
+    facts = checkpoint.judgement()
+    judged = f"  top-1 {facts['top1']:.3f} of '{facts['split']}'" if facts and "top1" in facts else ""
+    return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}{judged}"
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, object]:
@@ -59,6 +61,19 @@ def verify(run_dir: Path) -> list[str]:
     return problems
 
 
+def export_universal(checkpoint: Checkpoint, out: Path) -> None:
+    """Writes weights, moments and counters as a folder in DeepSpeed's universal format (`cluster.universal`). Raises as `export`."""
+    from cluster.universal import write_universal
+
+    _check_new(out)
+    write_universal(out, checkpoint.step, checkpoint.load())
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() or not out.parent.is_dir():
+        raise JobError(f"{out} {'exists' if out.exists() else 'is in no folder that exists'}; choose another --out.")
+
+
 def export(checkpoint: Checkpoint, out: Path, *, averaged: bool = True) -> list[str]:
     """Writes the weights and buffers as one safetensors file under the released names, whole or not at all; returns their names.
 
@@ -72,8 +87,7 @@ def export(checkpoint: Checkpoint, out: Path, *, averaged: bool = True) -> list[
     from model.errors import ModelError
     from model.weights import export_released
 
-    if out.exists() or not out.parent.is_dir():
-        raise JobError(f"{out} {'exists' if out.exists() else 'is in no folder that exists'}; choose another --out.")
+    _check_new(out)
     recipe = parse_recipe(checkpoint.meta["recipe"], where=f"{checkpoint.path}'s recipe")
     classes = checkpoint.meta["classes"]
     assert isinstance(classes, list)

@@ -1,26 +1,39 @@
 """The `posmlp` command: parses, calls one verb, and turns what went wrong into one clear message and an exit code.
 
 Verbs are imported when they are called, so that help answers at once. Exit codes: 0 done, 1 a user's error or a failed
-check, 2 wrong usage (click), 75 stopped early by SIGTERM or train.time_limit with everything saved (the same command goes on),
+check, 2 wrong usage (click), 3 an answer that scripts should tell from an error (datasets differ, leaks were found), 75 stopped
+early by SIGTERM or train.time_limit with everything saved (the same command goes on), 78 refused by a cluster's preflight (`submit`),
 130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from jobs import cli_cluster
+
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
     from pipeline.location import Location
 
+FOUND = 3  # exit code of an answer that scripts tell from an error
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help="Short for launch.launcher=...; local is without Ray.")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+LABELS = click.option(
+    "--labels",
+    multiple=True,
+    metavar="[SPLIT=]FILE",
+    help="CSV, TSV, JSONL or Parquet with path,label[,split...,group,start_s,end_s]; the official CSV of Kinetics; JSON of "
+    "Something-Something; lists of PySlowFast and MMAction2. May be repeated. Without it: class = subfolder.",
+)
+FORMAT = click.option("--format", "format_", metavar="FORMAT", help="As what labels or folders are read, whatever their content.")
 
 
 class _Place(click.ParamType[object]):
@@ -75,25 +88,33 @@ def data() -> None:
 
 @data.command("build")
 @click.option("--videos", type=PLACE, required=True, help="Folder of raw videos, or its URL (s3://, gs://).")
-@click.option("--labels", type=FILE, help="CSV or Parquet with path,label[,split...,group,start_s,end_s]. Without it: class = subfolder.")
+@LABELS
+@FORMAT
 @click.option("--out", type=PLACE, required=True, help="Folder of the dataset, made if missing, or its URL.")
 @click.option("--dry-run", is_flag=True, help="Try some videos and say what the build would take; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: machine-readable.")
 @OVERRIDES
-def data_build(videos: "Location", labels: Path | None, out: "Location", dry_run: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def data_build(
+    videos: "Location",
+    labels: tuple[str, ...],
+    format_: str | None,
+    out: "Location",
+    dry_run: bool,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """Verify, transcode and shard a folder of videos. KEY=VALUE sets keys of the recipe's data section: encode.gop=16.
 
     The same command resumes, and tries videos again that could not be read. With --dry-run exit code 1 means: not enough disk.
     """
     from jobs import build
     from jobs import dry_run as trial
-    from jobs.recipe import parse_overrides
+    from jobs.recipe import label_files, parse_overrides
 
-    sections = [f"data.{override}" for override in overrides]
-    paths = {"videos": str(videos), "labels": None if labels is None else str(labels), "dir": str(out)}
-    recipe = parse_overrides({"data": paths}, sections)
+    given = {"videos": str(videos), "labels": label_files(labels), "dir": str(out), **({"format": format_} if format_ else {})}
+    recipe = parse_overrides({"data": given}, [f"data.{override}" for override in overrides])
     if not dry_run:
-        build.build_dataset(recipe)
+        click.echo(build.summary(recipe, build.build_dataset(recipe)))
         return
     estimate = trial.run(recipe)
     if as_json:
@@ -105,20 +126,45 @@ def data_build(videos: "Location", labels: Path | None, out: "Location", dry_run
 
 @data.command("append")
 @click.option("--videos", type=PLACE, required=True, help="Folder of the new videos, or its URL.")
-@click.option("--labels", type=FILE, help="CSV or Parquet as for a build, with the dataset's split columns. Without it: class = subfolder.")
+@LABELS
+@FORMAT
 @click.option("--out", type=PLACE, required=True, help="Folder of the dataset that grows.")
 @click.option("--allow-missing", is_flag=True, help="Go on without files that the labels name and the folder lacks.")
 @click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True)
-def data_append(videos: "Location", labels: Path | None, out: "Location", allow_missing: bool, val_fraction: float) -> None:
+def data_append(
+    videos: "Location", labels: tuple[str, ...], format_: str | None, out: "Location", allow_missing: bool, val_fraction: float
+) -> None:
     """Add new videos to a dataset as new shards; what is in it stays byte for byte, classes keep their numbers.
 
-    Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels name no split; a group stays in its split.
-    The fingerprint changes: runs that began on the old dataset do not resume on the new one.
+    Labels need the dataset's split columns. Videos are encoded as the dataset's are. --val-fraction is for new videos whose labels
+    name no split; a group stays in its split. The fingerprint changes: runs that began on the old dataset do not resume on the new one.
     """
     from jobs import append
+    from jobs.recipe import parse_labels
 
-    done = append.run(videos=videos, labels=labels, out=out, allow_missing=allow_missing, val_fraction=val_fraction)
+    said = parse_labels(videos, labels, format_)
+    done = append.run(
+        videos=videos, labels=said.labels, format=said.format, out=out, allow_missing=allow_missing, val_fraction=val_fraction
+    )
     append.show(out, done)
+
+
+@data.command("coverage")
+@click.option("--videos", type=PLACE, required=True, help="Folder of the videos that there are, or its URL.")
+@LABELS
+@FORMAT
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, with the paths of all that are missing.")
+def data_coverage(videos: "Location", labels: tuple[str, ...], format_: str | None, as_json: bool) -> None:
+    """Count how many of the videos that a label file lists are there, per class and per split: whose Kinetics is this?"""
+    from jobs import coverage as verb
+    from jobs.recipe import parse_labels
+
+    said = parse_labels(videos, labels, format_)
+    found = verb.run(videos, said.labels, said.format)
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        verb.show(found)
 
 
 @data.command("validate")
@@ -167,12 +213,90 @@ def data_quarantine(folder: "Location", as_json: bool) -> None:
         verb.show(folder)
 
 
+@data.command("leaks")
+@click.argument("folder", type=PLACE)
+@click.option("--keys", "split", metavar="SPLIT", help="Print only the keys of SPLIT's items that other splits have too, one a line.")
+@click.option("--column", help="Of the splits, where the dataset has several split columns.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: all duplicates, also those within one split.")
+def data_leaks(folder: "Location", split: str | None, column: str | None, as_json: bool) -> None:
+    """List videos that are in more than one split, as equal bytes or as equal pictures. Exit code 3 when there are any.
+
+    'posmlp data leaks DIR --keys train | posmlp data exclude DIR --from -' leaves them out of one side.
+    """
+    from dataclasses import asdict
+
+    from jobs import leaks as verb
+
+    found = verb.run(folder)
+    if split is not None:
+        for key in verb.keys(folder, found, split, column):
+            click.echo(key)
+        return
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **asdict(found)}, indent=1, ensure_ascii=False))
+    else:
+        verb.show(folder, found)
+    sys.exit(FOUND if found.leaks else 0)
+
+
+FROM = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
+REASON = click.option("--reason", default="", help="Kept with it, for people.")
+
+
+@data.command("exclude")
+@click.argument("folder", type=PLACE)
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option("--from", "source", type=FROM, help="Keys in a file, one a line, or CSV with a column key. - is standard input.")
+@REASON
+@click.option("--undo", is_flag=True, help="Take the newest exclusion back.")
+def data_exclude(folder: "Location", keys: tuple[str, ...], source: Path | None, reason: str, undo: bool) -> None:
+    """Leave items out of a dataset, by a small file beside its shards, which stay as they are.
+
+    The fingerprint changes: runs that began with these items do not resume without them.
+    """
+    from jobs import amend as verb
+    from pipeline.overlay import Kind
+
+    if undo:
+        _refuse_with_undo(keys, source, reason)
+        verb.show(verb.undo(folder, Kind.EXCLUDE), "taken back")
+        return
+    verb.show(verb.exclude(folder, [*keys, *(verb.read_keys(source) if source else [])], reason), "left out")
+
+
+@data.command("relabel")
+@click.argument("folder", type=PLACE)
+@click.argument("labels", nargs=-1, metavar="[KEY=CLASS]...")
+@click.option("--from", "source", type=FROM, help="CSV with the columns key and label. - is standard input.")
+@REASON
+@click.option("--undo", is_flag=True, help="Take the newest relabelling back.")
+def data_relabel(folder: "Location", labels: tuple[str, ...], source: Path | None, reason: str, undo: bool) -> None:
+    """Give items of a dataset another of its classes, by a small file beside its shards, which stay as they are.
+
+    The fingerprint changes: runs that began with the old labels do not resume with the new ones.
+    """
+    from jobs import amend as verb
+    from pipeline.overlay import Kind
+
+    if undo:
+        _refuse_with_undo(labels, source, reason)
+        verb.show(verb.undo(folder, Kind.RELABEL), "taken back")
+        return
+    named = [*map(verb.split_label, labels), *(verb.read_labels(source).items() if source else ())]
+    verb.show(verb.relabel(folder, verb.pairs(named), reason), "relabelled")
+
+
+def _refuse_with_undo(named: tuple[str, ...], source: Path | None, reason: str) -> None:
+    if named or source or reason:
+        raise click.UsageError("--undo takes the newest back and needs nothing else.")
+
+
 @data.command("diff")
 @click.argument("a", type=PLACE)
 @click.argument("b", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def data_diff(a: "Location", b: "Location", as_json: bool) -> None:
-    """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 1 when not."""
+    """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 3 when they differ, 1 on an error."""
     from jobs import diff as verb
 
     found = verb.run(a, b)
@@ -180,7 +304,7 @@ def data_diff(a: "Location", b: "Location", as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         verb.show(found)
-    sys.exit(0 if found["equal"] else 1)
+    sys.exit(0 if found["equal"] else FOUND)
 
 
 @data.command("view")
@@ -216,17 +340,23 @@ def train(recipe: str, launcher: str | None, overrides: tuple[str, ...]) -> None
 @posmlp.command("eval")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
 @click.option("--average", type=click.IntRange(min=1), default=1, help="Mean of the weights of this many newest kept checkpoints.")
+@click.option("--checkpoint", default="last", show_default=True, metavar="best|last|STEP", help="best: of those that eval.every judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @OVERRIDES
-def evaluate(run_dir: Path, average: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+def evaluate(run_dir: Path, average: int, checkpoint: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Evaluate the newest checkpoint of a run folder on its validation split, into eval.json.
 
-    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, and one
-    of averaged checkpoints, is written beside eval.json under a name that says so: eval-clips4-crops3.json.
+    KEY=VALUE changes a key of the recipe's eval section, for example eval.clips=4 eval.crops=3. Such an evaluation, one
+    of averaged checkpoints and one of another than the newest is written beside eval.json under a name that says so:
+    eval-clips4-crops3.json.
     """
     from jobs import evaluate as verb
 
-    result = verb.run(run_dir, overrides=overrides, average=average)
+    if checkpoint not in ("best", "last") and not checkpoint.isdecimal():
+        raise click.UsageError(f"--checkpoint {checkpoint}: expected best, last or a step.")
+    if checkpoint != "last" and average > 1:
+        raise click.UsageError("--average takes the newest checkpoints: it does not go with --checkpoint.")
+    result = verb.run(run_dir, overrides=overrides, average=average, checkpoint=checkpoint)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else verb.headline(result))
 
 
@@ -384,13 +514,22 @@ def checkpoint_verify(run_dir: Path) -> None:
 @checkpoint.command("export")
 @click.argument("run_dir", type=FOLDER, metavar="RUN")
 @STEP
-@click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option("--out", type=ANY_PATH, required=True, help="The .safetensors file to write, or the folder of a universal checkpoint.")
+@click.option("--to", "form", type=click.Choice(["released", "universal"]), default="released", show_default=True, help="See above.")
 @click.option("--last", is_flag=True, help="The last weights even where their running average (optimizer.ema) is there.")
-def checkpoint_export(run_dir: Path, step: int | None, out: Path, last: bool) -> None:
-    """Weights and buffers as one safetensors file under the released names."""
+def checkpoint_export(run_dir: Path, step: int | None, out: Path, form: str, last: bool) -> None:
+    """Weights and buffers as one safetensors file under the released names, or the training state for DeepSpeed.
+
+    --to universal writes DeepSpeed's universal format: weights, moments and Adam's step, for an engine of any world size and ZeRO
+    stage 1 to 3 with {"checkpoint": {"load_universal": true}}. It has the last weights, not their running average.
+    """
     from jobs import checkpoint_tools as verb
 
     chosen = verb.chosen(run_dir, step)
+    if form == "universal":
+        verb.export_universal(chosen, out)
+        click.echo(f"{out}: the training state of step {chosen.step} in DeepSpeed's universal format")
+        return
     click.echo(f"{out}: {len(verb.export(chosen, out, averaged=not last))} tensors of step {chosen.step}")
 
 
@@ -430,12 +569,54 @@ def bench_memory(num_videos: int) -> None:
         click.echo(f"{name}: {value}")
 
 
+@bench.command("labels")
+@click.option("--videos", "num_videos", type=click.IntRange(min=400), default=300_000, show_default=True, help="Empty files that are made.")
+def bench_labels(num_videos: int) -> None:
+    """Seconds and memory to read labels and find their videos, in every format."""
+    from jobs import bench_labels as verb
+
+    click.echo(verb.table(verb.run(num_videos)))
+
+
 @bench.command("augment")
 def bench_augment() -> None:
     """CPU time per clip of every augmentation, at 112 and 224 pixels."""
     from jobs import bench_augment as verb
 
     click.echo(verb.table(verb.run()))
+
+
+@bench.command("decode")
+@click.argument("folder", type=FOLDER, required=False)
+@click.option("--videos", "num_videos", default=3, show_default=True, type=click.IntRange(min=1), help="How many are measured.")
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_decode(folder: Path | None, num_videos: int, repeats: int, as_json: bool) -> None:
+    """Clips per CPU-second, decoding only: streams against decoders, on the videos in FOLDER or on synthetic ones."""
+    from jobs import bench_decode as verb
+
+    result = verb.run(folder, num_videos=num_videos, repeats=repeats)
+    click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
+
+
+@bench.command("data")
+@click.option("--videos", "num_videos", default=4, show_default=True, type=click.IntRange(min=1), help="Synthetic scenes in the dataset.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+def bench_data(num_videos: int, repeats: int) -> None:
+    """CPU time per clip of the whole loader against its parts and against peers on stock files; the first batch at a far step."""
+    from jobs import bench_data as verb
+
+    click.echo(verb.table(verb.run(num_videos=num_videos, repeats=repeats)))
+
+
+@bench.command("duplicates")
+@click.option("--videos", type=FOLDER, required=True, help="Videos that are all different.")
+def bench_duplicates(videos: Path) -> None:
+    """What finding duplicates costs a build, how many copies that were encoded again it finds, and what it takes for a copy by mistake."""
+    from jobs import bench_duplicates as verb
+
+    for name, value in verb.run(videos).items():
+        click.echo(f"{name}: {value}")
 
 
 @bench.command("ablations")
@@ -464,6 +645,26 @@ def bench_model(presets: str, repeats: int, threads: int, batch: int, as_json: b
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
+@bench.command("train")
+@click.option("--dataset", type=FOLDER, help="A built dataset.  [default: a small synthetic one]")
+@click.option("--preset", default="posmlp_s", show_default=True)
+@click.option("--size", default=224, show_default=True, help="Pixels.")
+@click.option("--global-batch", default=4, show_default=True, help="Clips a step.")
+@click.option("--micro-batch", default=2, show_default=True, help="Clips of a micro-batch; two of them at the least make a step.")
+@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds of each contest.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int, micro_batch: int, rounds: int, as_json: bool) -> None:
+    """What a training step costs beyond the model: our loop, saving, loading, ZeRO 0 to 3 against plain torch."""
+    from jobs import bench_train as verb
+
+    path = None if dataset is None else dataset.absolute()
+    result = verb.run(path, preset=preset, size=size, global_batch=global_batch, micro_batch=micro_batch, rounds=rounds)
+    click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
+
+
+cli_cluster.add_to(posmlp)
+
+
 def main() -> None:
     """Entry point: a user's error is one message on standard error and exit code 1, never a traceback."""
     from jobs.errors import JobError, explained, user_errors
@@ -475,7 +676,10 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     from cluster.errors import StoppedError
+    from cluster.job import STOPPED_EXIT
 
+    # Before torch loads: threads that spin while they wait take the cores from decoding, and on a busy machine from the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         posmlp(standalone_mode=False)
     except click.exceptions.Abort:
@@ -489,7 +693,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except StoppedError as error:
         click.echo(f"stopped: {error}", err=True)
-        sys.exit(75)  # EX_TEMPFAIL of sysexits.h
+        sys.exit(STOPPED_EXIT)
     except user_errors() as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

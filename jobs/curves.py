@@ -9,12 +9,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 MAX_BINS = 480
-METRICS = ("loss", "lr", "grad_norm", "clips_per_s", "data_wait", "step_s")
+METRICS = ("loss", "lr", "grad_norm", "clips_per_s", "data_wait", "step_s", "flops_share")
 SMOOTH = 0.06  # share of a curve that its smoothed line averages over
 
 
@@ -74,6 +74,8 @@ class History:
 
     last_step, epoch: how far the run is. busy_s: seconds of the steps that count; waited_s: of these, waiting for data; clips: in them.
     nonfinite: steps whose loss was no finite number.
+    parts: part of a step, "checkpoint" or "validation" -> seconds of rank 0 in it, of the steps that count; {} where nobody measured.
+    choice: step -> share right in a validation while training, of several attempts the newest. choice_loss: likewise, nats.
     checkpoints, checkpoint_bytes: number saved, size of the last. torn: lines that are no event, as a kill leaves them.
     """
 
@@ -90,6 +92,9 @@ class History:
     checkpoints: int
     checkpoint_bytes: int
     torn: int
+    parts: Mapping[str, float]
+    choice: Curve
+    choice_loss: Curve
 
 
 def read_events(path: Path) -> Iterator[dict[str, object] | None]:
@@ -114,12 +119,18 @@ def read_history(path: Path) -> History:
     kinds: Counter[str] = Counter()
     size = 0
     began = math.inf
+    validations: dict[int, dict[str, object]] = {}
+    pauses = {"checkpoint": 0.0, "validation": 0.0}  # between steps
     for event in read_events(path):
         kinds[str(event["event"]) if event else ""] += 1
         if event:
             began = min(began, number(event, "time", math.inf))
             size = whole(event, "bytes", size) if event["event"] == "checkpoint" else size
             _note(attempts, event)
+            if (name := str(event["event"])) in pauses:
+                pauses[name] += number(event, "seconds", 0.0)
+            if event["event"] == "validation":
+                validations[whole(event, "step")] = event
     ordered = [attempts[key] for key in sorted(attempts)]
     began = began if math.isfinite(began) else 0.0
     steps = _read_steps(path, ordered, began)
@@ -137,7 +148,17 @@ def read_history(path: Path) -> History:
         checkpoints=kinds["checkpoint"],
         checkpoint_bytes=size,
         torn=kinds[""],
+        parts=steps.parts | {name: seconds for name, seconds in pauses.items() if seconds and steps.parts},
+        choice=_points({step: number(event, "top1") for step, event in validations.items()}),
+        choice_loss=_points({step: number(event, "loss") for step, event in validations.items()}),
     )
+
+
+def _points(values: Mapping[int, float]) -> Curve:
+    """A curve of few values, each its own bin."""
+    known = sorted((step, value) for step, value in values.items() if not math.isnan(value))
+    x, y = [float(step) for step, _ in known], [value for _, value in known]
+    return Curve(x=x, low=y, high=y, mean=y)
 
 
 def number(event: Mapping[str, object], name: str, default: float = math.nan) -> float:
@@ -210,6 +231,19 @@ class _Steps:
     waited_s: float = 0.0
     clips: float = 0.0
     nonfinite: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def _add_parts(total: dict[str, float], event: Mapping[str, object]) -> None:
+    """Adds where a step's time went; what nobody marked is "other"."""
+    parts = event.get("parts")
+    if not isinstance(parts, dict):
+        return
+    left = number(event, "step_s", 0.0)
+    for name in parts:
+        seconds = number(parts, name, 0.0)
+        total[name], left = total.get(name, 0.0) + seconds, left - seconds
+    total["other"] = total.get("other", 0.0) + max(0.0, left)
 
 
 def _read_steps(path: Path, attempts: list[Attempt], began: float) -> _Steps:
@@ -236,6 +270,7 @@ def _read_steps(path: Path, attempts: list[Attempt], began: float) -> _Steps:
         steps.waited_s += seconds * number(event, "data_wait", 0.0)
         steps.clips += seconds * number(event, "clips_per_s", 0.0)
         steps.epoch = max(steps.epoch, number(event, "epoch", 0.0))
+        _add_parts(steps.parts, event)
         steps.nonfinite += math.isnan(number(event, "loss"))
         for name, bins in steps.bins.items():
             value = number(event, name)

@@ -23,7 +23,7 @@ from jobs import build, evaluate, report, train
 from jobs.beside import beside
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe, load_recipe
-from jobs.run_folder import open_dataset, total_steps
+from jobs.run_folder import open_dataset, total_steps, train_rows
 from jobs.synthesize import synthesize
 
 NUM_CLIPS = 90
@@ -61,7 +61,7 @@ def run(out: Path | None = None, *, videos: Path | None = None, labels: Path | N
 
 def _total_steps(recipe: Recipe) -> int:
     dataset = open_dataset(recipe, recipe.data.train_split)
-    return total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+    return total_steps(recipe, len(train_rows(recipe, dataset)))
 
 
 def _single_frame(recipe: Recipe) -> dict[str, object]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs.build_tasks import splits_of
+from jobs.build_shard import transcode
+from jobs.build_tasks import check_frames, splits_of
 from jobs.errors import RecipeError
 from jobs.progress import Progress
 from jobs.recipe import Recipe
@@ -36,13 +37,14 @@ BUDGET_S = 30.0  # after which no further video is tried
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a build would take. hours: of video. bytes_out: of shards; free_bytes: where the dataset would be,
-    None at a URL. seconds: on `cpus`.
+    """What a build would take. labels: as what they were read. hours: of video. bytes_out: of shards. seconds: on `cpus`.
 
+    free_bytes: where the dataset would be, None at a URL.
     missing: paths of the label file without a file. tried, refused: sampled videos, and those of them that would be quarantined, with
     the reason. bytes_out, seconds and hours are None when no sampled video tells.
     """
 
+    labels: str
     videos: int
     classes: dict[str, int]
     splits: dict[str, dict[str, int]]
@@ -68,7 +70,10 @@ def run(recipe: Recipe) -> Estimate:
     if data.videos is None:
         raise RecipeError("data.videos is not set: add data.videos=FOLDER, the folder of raw videos.")
     check_encoder(data.encode)
-    manifest = read_manifest(data.videos, data.labels, allow_missing=True, val_fraction=data.val_fraction, seed=data.seed)
+    manifest = read_manifest(
+        data.videos, data.labels, format=data.format, allow_missing=True, val_fraction=data.val_fraction, seed=data.seed
+    )
+    check_frames(manifest, data.encode)
     sources = sample(manifest.sources, TRIED, data.seed)
     found = _try(data.videos, sources, data.encode, data.limits)
     return _estimate(manifest, found, free_bytes=_free_bytes(recipe.dataset_dir))
@@ -87,7 +92,7 @@ class _Trial:
 
 def _try(videos: Location, sources: Sequence[Source], encode: EncodeOptions, limits: LimitOptions) -> list[_Trial]:
     trials: list[_Trial] = []
-    files = SourceFiles(videos)
+    files = SourceFiles(videos, limits)
     began = time.monotonic()
     with (
         MediaWorker(encode, limits) as worker,
@@ -97,18 +102,17 @@ def _try(videos: Location, sources: Sequence[Source], encode: EncodeOptions, lim
         for source in sources:
             if trials and time.monotonic() - began > BUDGET_S:
                 break
-            trials.append(_try_one(worker, files, source, limits.max_bytes, Path(folder) / "video.mp4"))
+            trials.append(_try_one(worker, files, source, Path(folder) / "video.mp4"))
             progress.advance()
     return trials
 
 
-def _try_one(worker: MediaWorker, files: SourceFiles, source: Source, max_bytes: int, out: Path) -> _Trial:
+def _try_one(worker: MediaWorker, files: SourceFiles, source: Source, out: Path) -> _Trial:
     begin = source.start_s or 0.0
     end = min(begin + TRIED_S, source.end_s if source.end_s is not None else begin + TRIED_S)
     began = time.monotonic()
     try:
-        with files.local(source, max_bytes) as path:
-            report = worker.transcode(path, out, source.start_s, end)
+        report = transcode(worker, files, source, out, end)
     except RejectedError as rejected:
         return _Trial(source=source, reason=f"{rejected.reason}: {rejected.detail or rejected.reason.text}")
     share = _share(report, source)
@@ -138,6 +142,7 @@ def _estimate(manifest: Manifest, trials: Sequence[_Trial], *, free_bytes: int |
     }
     members = MEMBER_BYTES * len(manifest.sources)
     return Estimate(
+        labels=manifest.format,
         videos=len(manifest.sources),
         classes={name: labels[name] for name in manifest.classes},
         splits=splits,
@@ -168,6 +173,7 @@ def plain(estimate: Estimate) -> dict[str, object]:
 def show(estimate: Estimate) -> None:
     """Prints the estimate for people."""
     table = Table(show_header=False)
+    table.add_row("labels", estimate.labels)
     table.add_row("videos", f"{estimate.videos} in {len(estimate.classes)} classes, {_size(estimate.bytes_in)}")
     for column, counts in estimate.splits.items():
         table.add_row(column, ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

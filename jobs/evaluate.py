@@ -30,7 +30,7 @@ from jobs.predictions import ViewOutput, finished_parts, merge, records, write_p
 from jobs.progress import Progress
 from jobs.recipe import Recipe, load_recipe, parse_recipe
 from jobs.results import SCHEMA
-from jobs.run_folder import checkpoints, identity, open_dataset, recipe_of, write_text
+from jobs.run_folder import checkpoints, identity, open_dataset, recipe_of, worker_dataset, write_text
 from pipeline.index import Dataset
 
 if TYPE_CHECKING:
@@ -43,27 +43,33 @@ PARTS = "parts-"  # folders of views judged so far, by what they are an evaluati
 
 
 def run(
-    run_dir: Path, *, overrides: Sequence[str] = (), average: int = 1, baseline: Mapping[str, object] | None = None
+    run_dir: Path,
+    *,
+    overrides: Sequence[str] = (),
+    average: int = 1,
+    checkpoint: str = "last",
+    baseline: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Evaluates a run on data.val_split and writes `eval.json`, or the file that `result_path` names, which it returns.
 
     overrides: "eval.key=value" for this evaluation only. average: how many of the newest kept checkpoints are averaged.
+    checkpoint: "last", "best" (of those that `eval.every` judged) or a step.
     baseline: {"name": text, "top1": 0 to 1} of a simpler model, shown beside the result.
     Raises JobError, PipelineError or ClusterError with a text for the user.
     """
     kept = recipe_of(run_dir)
     recipe = _with_overrides(kept, overrides)
     dataset = open_dataset(recipe, recipe.data.val_split)
-    path = result_path(run_dir, kept, recipe, average)
+    path = result_path(run_dir, kept, recipe, average, checkpoint)
     with lease.hold(run_dir):
-        chosen = _newest(recipe, dataset, average)
+        chosen = _newest(recipe, dataset, average) if checkpoint == "last" else [_chosen(recipe, dataset, checkpoint)]
         facts = facts_of(recipe, dataset, chosen)
         parts = run_dir / "eval" / f"{PARTS}{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
         result = finished(path, facts)
         if result is None:
             rows = dataset.rows(recipe.data.split_column, recipe.data.val_split)
             num_views = recipe.eval.num_views
-            _judge_missing(recipe, chosen, parts, -(-len(rows) * num_views // recipe.eval.micro_batch))
+            _judge_missing(recipe, dataset, chosen, parts, -(-len(rows) * num_views // recipe.eval.micro_batch))
             keys = [dataset.text("key", int(row)) for row in rows]
             predictions = merge(parts, keys, num_views=num_views, fusion=recipe.eval.fusion)
             result = {**facts, **summarise(predictions, dataset.info.classes), "videos": records(predictions)}
@@ -84,10 +90,11 @@ def _with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"eval": changed.eval})
 
 
-def result_path(run_dir: Path, kept: Recipe, recipe: Recipe, average: int) -> Path:
+def result_path(run_dir: Path, kept: Recipe, recipe: Recipe, average: int, checkpoint: str = "last") -> Path:
     """Where an evaluation is written: `eval.json` if it is as the run's `kept` recipe says, else a file named by what differs."""
-    before, after = kept.eval.model_dump(), recipe.eval.model_dump()
+    before, after = kept.eval.protocol(), recipe.eval.protocol()
     names = [f"{name}{value}".lower() for name, value in after.items() if value != before[name]] + [f"average{average}"] * (average > 1)
+    names += [] if checkpoint == "last" else ["best" if checkpoint == "best" else f"step{int(checkpoint)}"]
     return run_dir / f"{'-'.join(['eval', *names])}.json"
 
 
@@ -110,6 +117,24 @@ def _newest(recipe: Recipe, dataset: Dataset, count: int) -> list[Checkpoint]:
     return chosen
 
 
+def _chosen(recipe: Recipe, dataset: Dataset, checkpoint: str) -> Checkpoint:
+    """The best checkpoint, or that of a step, whole. Raises JobError where there is none."""
+    store = checkpoints(recipe)
+    if checkpoint == "best":
+        wanted = store.best()
+        missing = "no checkpoint that was judged: train with eval.every and data.choose_split or data.choose_fraction"
+    else:
+        wanted = next((found for found in store.manifests() if str(found.step) == checkpoint), None)
+        missing = f"no checkpoint of step {checkpoint}; there are {', '.join(str(found.step) for found in store.manifests())}"
+    if wanted is None:
+        raise JobError(f"{recipe.run_dir} has {missing}.")
+    whole = store.whole(identity(recipe, dataset), warn=lambda text: click.echo(f"warning: {text}", err=True))
+    found = next((found for found in whole if found.number == wanted.number), None)
+    if found is None:
+        raise JobError(f"{wanted.path} is damaged; choose another --checkpoint.")
+    return found
+
+
 def facts_of(recipe: Recipe, dataset: Dataset, chosen: Sequence[Checkpoint]) -> dict[str, object]:
     """What an evaluation is of: equal facts, equal predictions. step: of the newest of the averaged `checkpoints`."""
     return {
@@ -119,7 +144,7 @@ def facts_of(recipe: Recipe, dataset: Dataset, chosen: Sequence[Checkpoint]) -> 
         "checkpoints": [checkpoint.path.name for checkpoint in chosen],
         "dataset_fingerprint": dataset.info.fingerprint,
         "views": recipe.eval.num_views,
-        "eval": recipe.eval.model_dump(mode="json"),
+        "eval": recipe.eval.protocol(),
     }
 
 
@@ -153,7 +178,7 @@ def _forget_parts(folder: Path, parts: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _judge_missing(recipe: Recipe, chosen: Sequence[Checkpoint], parts: Path, total: int) -> None:
+def _judge_missing(recipe: Recipe, dataset: Dataset, chosen: Sequence[Checkpoint], parts: Path, total: int) -> None:
     from cluster.launch import launch
 
     parts.mkdir(parents=True, exist_ok=True)
@@ -164,6 +189,7 @@ def _judge_missing(recipe: Recipe, chosen: Sequence[Checkpoint], parts: Path, to
         "recipe": recipe.model_dump(mode="json"),
         "checkpoints": [checkpoint.number for checkpoint in chosen],
         "parts": str(parts),
+        "dataset": dataset.info.fingerprint,
     }
     with Progress("evaluating", total=total, unit="batches", done=done) as progress, _follow(parts, progress, done):
         launch(
@@ -205,7 +231,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.requests import eval_requests
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
+    dataset = worker_dataset(recipe, recipe.dataset_dir, payload["dataset"])
     parts = Path(str(payload["parts"]))
     numbers, store = payload["checkpoints"], checkpoints(recipe)
     assert isinstance(numbers, list)

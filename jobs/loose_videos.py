@@ -106,7 +106,9 @@ def gather(
         leftover.unlink()
     rows = [row for number, each in enumerate(read) if isinstance(each, LooseVideo) for row in each.rows(number)]
     if rows:
-        _write_dataset(folder, rows, ShardInfo(file=NAME.format(0), size=writer.size, sha256=writer.sha256, num_items=len(rows)), classes)
+        _write_dataset(
+            folder, rows, ShardInfo(file=NAME.format(0), size=writer.size, sha256=writer.sha256, num_items=len(rows)), classes, encode
+        )
     return read
 
 
@@ -136,7 +138,7 @@ def transcode(worker: MediaWorker, path: Path, destination: Path) -> MediaReport
         raise JobError(f"{rejected.reason.text}{detail}. {_NEXT.get(rejected.reason, _ANOTHER)}") from None
 
 
-def _write_dataset(folder: Path, rows: list[dict[str, object]], shard: ShardInfo, classes: list[str]) -> None:
+def _write_dataset(folder: Path, rows: list[dict[str, object]], shard: ShardInfo, classes: list[str], encode: EncodeOptions) -> None:
     sha256, size = write_index(folder / "index.arrow", [pa.Table.from_pylist(rows, schema=index_schema([SPLIT_COLUMN]))])
     info = DatasetInfo(
         classes=classes,
@@ -147,6 +149,7 @@ def _write_dataset(folder: Path, rows: list[dict[str, object]], shard: ShardInfo
         index_sha256=sha256,
         index_size=size,
         shards=[shard],
+        build={"encode.form": encode.form},
     ).with_fingerprint()
     with committed(folder / "dataset.json") as file:
         file.write(info.to_json().encode())

@@ -57,7 +57,7 @@ def _text(reason: str, stored: dict[str, str]) -> str:
 
 def run(root: Location) -> dict[str, object]:
     """Counts, then every video: plain values, JSON-able. Raises DatasetError."""
-    table = read(Dataset.open(root))
+    table = read(Dataset.open(root, overlays=False))
     counted = [{"reason": cause.reason, "num": cause.num, "text": cause.text} for cause in causes(table)]
     videos = table.select(["path", "label", "reason", "detail", "start_s", "end_s"]).to_pylist()
     return {"folder": str(root), "num": table.num_rows, "reasons": counted, "videos": videos}
@@ -65,7 +65,7 @@ def run(root: Location) -> dict[str, object]:
 
 def show(root: Location) -> None:
     """Prints the same for people: the reasons, then the videos of each. Raises DatasetError."""
-    table = read(Dataset.open(root))
+    table = read(Dataset.open(root, overlays=False))
     console = Console()
     console.print(f"{root}: {table.num_rows} videos are not in the dataset", markup=False, highlight=False)
     if not table.num_rows:

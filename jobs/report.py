@@ -114,10 +114,13 @@ def charts(history: History, found: Sequence[Stop], num_classes: int) -> list[Ch
     curves = history.curves
     drawn = [
         line_chart(curves["loss"], title="Training loss", spans=lost, reference=guess),
+        line_chart(history.choice, title="Top-1 while training", spans=lost, zero=True, smooth=False, text=percent),
+        line_chart(history.choice_loss, title="Validation loss while training", spans=lost, smooth=False),
         line_chart(curves["lr"], title="Learning rate", spans=lost, zero=True, smooth=False),
         line_chart(curves["grad_norm"], title="Gradient norm", spans=lost, zero=True),
         line_chart(curves["clips_per_s"], title="Throughput", unit="clips/s", spans=lost, zero=True),
         line_chart(curves["data_wait"], title="Waiting for data", spans=lost, zero=True, text=percent),
+        line_chart(curves["flops_share"], title="Share of the device's operations", spans=lost, zero=True, text=percent),
         line_chart(history.progress, title="Progress", unit="steps", x_label=unit, x_scale=scale, smooth=False, zero=True, spans=pauses),
     ]
     return [chart for chart in drawn if chart is not None]

@@ -8,25 +8,32 @@ eval/            views judged so far            eval.json      predictions and f
 report.html      the page about it              eval-….json    the same, judged in another way
 """
 
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import subprocess
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe, load_recipe
+from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
+from pipeline.location import Location
+from pipeline.manifest import held_out
+from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION
+from pipeline.requests import check_base_layer
 
 SHOWN = 5  # classes named in a message
 _LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
@@ -45,16 +52,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, object]:
-    """`env.json`: library versions, machine and, in a checkout, the commit."""
+def libraries() -> dict[str, str]:
+    """The versions of the libraries that decide what a run computes; "not installed" of those that are not there."""
     versions = {}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    return versions
+
+
+def environment() -> dict[str, object]:
+    """`env.json`: library versions, machine and, in a checkout, the commit."""
     return {
-        "libraries": versions,
+        "libraries": libraries(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -105,20 +117,53 @@ def recipe_of(run_dir: Path) -> Recipe:
 
 def checkpoints(recipe: Recipe) -> CheckpointStore:
     """The run's checkpoint store. A key that an older checkpoint does not state had its default: a new key's default changes nothing."""
-    return CheckpointStore(recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, absent=Recipe().numerics())
+    keep, every = recipe.checkpoint.keep, recipe.checkpoint.keep_every
+    return CheckpointStore(recipe.run_dir / "checkpoints", keep=keep, keep_every=every, absent=Recipe().numerics())
 
 
 def total_steps(recipe: Recipe, num_samples: int) -> int:
-    """Optimizer steps of a run over a train split of `num_samples` items."""
+    """Optimizer steps of a run over a train split of `num_samples` items of data.dir."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.samples_per_step))
+    return max(1, math.ceil(recipe.train.epochs * epoch_length(recipe, num_samples) / recipe.samples_per_step))
+
+
+def epoch_length(recipe: Recipe, num_samples: int) -> int:
+    """Positions of the stream in which data.dir's `num_samples` are shown once, those of other datasets between them."""
+    share = Fraction(recipe.data.weight, recipe.data.weight + sum(each.weight for each in recipe.data.mix))
+    return math.ceil(num_samples / share)
+
+
+def train_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
+    """(n,) rows of the index that are trained on, ascending."""
+    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+    return rows[~_held_out(recipe, dataset, rows)] if recipe.data.choose_fraction else rows
+
+
+def choice_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
+    """(n,) rows of the index that validation while training judges, ascending; none where the recipe names none."""
+    if recipe.data.choose_split is not None:
+        return dataset.rows(recipe.data.split_column, recipe.data.choose_split)
+    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
+    return rows[_held_out(recipe, dataset, rows)] if recipe.data.choose_fraction else rows[:0]
+
+
+def _held_out(recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """(n,) which of the train split's rows `data.choose_fraction` holds out. Windows of one video stay together."""
+    units = [dataset.text("group", row) or dataset.text("source", row) for row in rows.tolist()]
+    members: dict[str, Counter[str]] = {}
+    for label, unit in zip(dataset.column("label")[rows].tolist(), units, strict=True):
+        members.setdefault(str(label), Counter())[unit] += 1
+    held = held_out(members, recipe.data.choose_fraction, recipe.run.seed, {})
+    return np.array([held[unit] for unit in units], dtype=np.bool_)
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> dict[str, object]:
-    """What must be equal for a checkpoint to be resumed: the dataset, the recipe's numerics, versions that change the stream."""
+    """What must be equal for a checkpoint to be resumed: the datasets, the recipe's numerics, versions that change the stream."""
     versions = {"version.order": ORDER_VERSION, "version.keyed": KEYED_VERSION}
-    return {"dataset": dataset.info.fingerprint, **versions, **recipe.numerics()}
+    mixed = [Dataset.open(each.dir, recipe.loader.remote).info.fingerprint for each in recipe.data.mix]
+    others = {f"dataset of data.mix[{place}]": fingerprint for place, fingerprint in enumerate(mixed)}
+    return {"dataset": dataset.info.fingerprint, **others, **versions, **recipe.numerics()}
 
 
 def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
@@ -131,39 +176,69 @@ def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 
 def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
-    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
-    with (dataset.root / dataset.info.index_file).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    dataset = open_checked(recipe, recipe.dataset_dir, recipe.data.split_column, split)
+    check_base_layer(dataset, recipe.clip)
+    return dataset
+
+
+def open_checked(recipe: Recipe, place: Location, split_column: str, split: str) -> Dataset:
+    """One of the recipe's datasets, index checked against its SHA-256, shards of their sizes, `split` not empty. Raises DatasetError."""
+    dataset = Dataset.open(place, recipe.loader.remote)
+    index = dataset.root / dataset.info.index_file
+    digest = sha256_of(index)
     if digest != dataset.info.index_sha256:
-        if dataset.origin is not None:  # what is in the cache is only a copy: the next look fetches and checks it
+        advice = f"Run 'posmlp data validate {dataset.where}', then build it again."
+        if dataset.origin is not None:  # only this machine's copy
             dataset.origin.cache.drop(dataset.info.index_file)
+            advice = "It is removed; run the same command again, which fetches it anew."
         raise DatasetError(
-            f"{dataset.root / dataset.info.index_file} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
-            f"{dataset.info.index_sha256[:16]}…. Run 'posmlp data validate {dataset.where}', then build it again."
+            f"{index} was altered: its SHA-256 is {digest[:16]}…, dataset.json says {dataset.info.index_sha256[:16]}…. {advice}"
         )
-    sizes = dataset.sizes()
+    sizes = dataset.folder.sizes("shards")
     for shard in dataset.info.shards:
         size = sizes.get(shard.file)
         if size != shard.size:
             got = "is missing" if size is None else f"is {size} bytes long, expected {shard.size}"
             raise DatasetError(f"{dataset.where}/{shard.file} {got}. Run 'posmlp data validate {dataset.where}', then build it again.")
-    if len(dataset.rows(recipe.data.split_column, split)) == 0:
-        raise DatasetError(f"{dataset.where}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
+    if len(dataset.rows(split_column, split)) == 0:
+        raise DatasetError(f"{dataset.where}: split '{split}' of '{split_column}' is empty. Choose another split.")
     return dataset
 
 
-def check_classes(recipe: Recipe, dataset: Dataset) -> None:
+def worker_dataset(recipe: Recipe, place: Location, fingerprint: object) -> Dataset:
+    """One of the recipe's datasets for one rank. Raises DatasetError when it is not as the driver opened it: all see the same items."""
+    dataset = Dataset.open(place, recipe.loader.remote)
+    if dataset.info.fingerprint != fingerprint:
+        raise DatasetError(
+            f"{dataset.where} was changed while a command worked with it: its fingerprint is {dataset.info.fingerprint}, was "
+            f"{fingerprint}. Take its overlays back ('posmlp data exclude --undo', 'posmlp data relabel --undo') to go on with the same "
+            "command."
+        )
+    return dataset
+
+
+def check_classes(recipe: Recipe, dataset: Dataset, mixture: Mixture | None = None) -> None:
     """Raises DatasetError where the recipe's splits cannot teach what they ask for: no validation videos, or a class without training ones.
 
-    Before training, which may take days, and not after it.
+    Before training, which may take days, and not after it. mixture: of `dataset` with the others that are trained on.
     """
     column, train, val = recipe.data.split_column, recipe.data.train_split, recipe.data.val_split
     labels = dataset.column("label")
-    found = {split: labels[dataset.rows(column, split)].astype(np.int64) for split in (train, val)}
+    parts = {train: train_rows(recipe, dataset), val: dataset.rows(column, val)}
+    found = {split: labels[rows].astype(np.int64) for split, rows in parts.items()}
     counts = {split: np.bincount(values, minlength=len(dataset.info.classes)) for split, values in found.items()}
+    for place, each in enumerate(recipe.data.mix, 1):
+        assert mixture is not None
+        taught = mixture.labels(place)[mixture.parts[place].rows(each.split_column, each.train_split)]
+        counts[train] = counts[train] + np.bincount(taught, minlength=len(dataset.info.classes))
     if not counts[val].any():
         raise DatasetError(
             f"{dataset.where}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."
+        )
+    if recipe.eval.every and not len(choice_rows(recipe, dataset)):
+        raise DatasetError(
+            f"{dataset.where}: eval.every has nothing to judge: data.choose_split is empty, or data.choose_fraction finds no class of two "
+            f"groups in '{train}'. Choose another split or share, or set eval.every=null."
         )
     lacking = [f"'{name}' ({counts[val][label]} in '{val}')" for label, name in enumerate(dataset.info.classes) if not counts[train][label]]
     if lacking:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from cluster.topology import Worker
 from jobs.beside import beside
 from jobs.progress import Progress
 from jobs.recipe import Recipe
+from jobs.trackers import Trackers
 
 if TYPE_CHECKING:
     from cluster.engine import StepResult
     from pipeline.index import Dataset, Item
     from pipeline.loader import Batch
+    from pipeline.mixture import Mixture
 
 POLL_S = 0.5  # how often the driver looks for new metrics to show
 
@@ -29,7 +31,9 @@ POLL_S = 0.5  # how often the driver looks for new metrics to show
 class RankLog:
     """Metrics (rank 0), damaged samples and, on request, the trace of what this rank consumed."""
 
-    def __init__(self, recipe: Recipe, worker: Worker) -> None:
+    def __init__(self, recipe: Recipe, worker: Worker, start: int) -> None:
+        self._trackers: Trackers | None = None
+        self._flops_rate = 0.0
         self._batch, self._samples = recipe.train.global_batch, recipe.samples_per_step
         self._metrics = MetricsWriter(recipe.run_dir / "metrics.jsonl", worker.attempt) if worker.rank == 0 else None
         self._damage_path = recipe.run_dir / "damage" / f"rank-{worker.rank}.jsonl"
@@ -37,6 +41,8 @@ class RankLog:
         self._attempt = worker.attempt
         self._trace: TextIO | None = None
         self._waited = 0.0
+        if worker.rank == 0:
+            self._trackers = Trackers(recipe, start, lambda text: self.event("tracker", text=text))
         if recipe.train.trace:
             folder = recipe.run_dir / "trace"
             folder.mkdir(exist_ok=True)
@@ -46,6 +52,12 @@ class RankLog:
         """One line in metrics.jsonl, from rank 0."""
         if self._metrics is not None:
             self._metrics.write(event, **facts)
+        if self._trackers is not None:
+            self._trackers.send({"event": event, **facts})
+
+    def count_flops(self, in_step: float, peak_per_s: float) -> None:
+        """From now on steps tell which share of `peak_per_s` operations per second the `in_step` ones of this rank's step were."""
+        self._flops_rate = in_step / peak_per_s
 
     def watch(self, batches: Iterable["Batch"]) -> Iterator[tuple[int, "Batch"]]:
         """Passes (micro-batch number, batch) on; measures the wait for data, records damage and trace."""
@@ -71,6 +83,8 @@ class RankLog:
             clips_per_s=round(self._batch / seconds, 3),
             data_wait=round(min(1.0, self._waited / seconds), 4),
             step_s=round(seconds, 4),
+            parts={name: round(value, 5) for name, value in result.parts.items()},
+            **({"flops_share": round(self._flops_rate / seconds, 5)} if self._flops_rate else {}),
             **({"skipped": result.skipped} if result.skipped else {}),
         )
         self._waited = 0.0
@@ -93,14 +107,16 @@ class RankLog:
             self._trace.flush()
 
     def close(self) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
         for writer in (self._metrics, self._damage, self._trace):
             if writer is not None:
                 writer.close()
 
 
-def say_slow(rank: int, dataset: "Dataset", item: "Item", seconds: float) -> None:
+def say_slow(rank: int, source: "Dataset | Mixture", item: "Item", seconds: float) -> None:
     """On standard error, which is in the run's logs: who waits for what."""
-    where = f"video '{item.key}', byte {item.offset} of {dataset.where}/{item.shard_file}"
+    where = f"video '{item.key}', byte {item.offset} of {source.parts[source.part(item.row)].where}/{item.shard_file}"
     click.echo(f"rank {rank} has waited {seconds:.1f} s for {where}", err=True)
 
 
@@ -144,11 +160,19 @@ def _tail(metrics: Path, offset: int, progress: Progress, done: int, stop: threa
             event = _step_event(line)
             if event is not None and event["step"] > done:  # steps replayed after a kill were counted before
                 loss = "no finite loss" if event["loss"] is None else f"loss {event['loss']:.3f}"
-                progress.advance(int(event["step"]) - done, f"{loss}, data wait {event['data_wait']:.0%}")
+                progress.advance(int(event["step"]) - done, f"{loss}, {_shares(event)}")
                 done = int(event["step"])
         if last:
             return
         stop.wait(POLL_S)
+
+
+def _shares(event: Mapping[str, Any]) -> str:
+    """Where a step's time went, for people."""
+    parts, seconds = event.get("parts") or {}, float(event["step_s"])
+    shown = [f"{name} {value / seconds:.0%}" for name, value in parts.items() if seconds and name != "data" and value / seconds >= 0.01]
+    share = [f"{event['flops_share']:.0%} of peak"] if "flops_share" in event else []
+    return ", ".join([f"data wait {event['data_wait']:.0%}", *shown, *share])
 
 
 def _step_event(line: bytes) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,7 +19,7 @@ from cluster.lease import LOCK
 from jobs.charts import duration, num_bytes
 from jobs.errors import JobError
 from jobs.recipe import Recipe
-from jobs.run_folder import checkpoints, recipe_of, total_steps
+from jobs.run_folder import checkpoints, recipe_of, total_steps, train_rows
 from pipeline.errors import PipelineError
 from pipeline.index import Dataset
 
@@ -28,6 +28,7 @@ State: TypeAlias = Literal["finished", "running", "interrupted", "failed", "brok
 MARKS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "attempts")  # any of them makes a folder a run's
 OWN_FOLDERS = frozenset({"attempts", "checkpoints", "damage", "dataset", "eval", "logs", "trace", "videos"})  # of a run: no runs in these
 DEPTH = 3  # of folders in which runs are looked for
+LOOK_S = 5.0  # that an object store may take to answer
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: hundreds of lines
 COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "broken": "red"}
 
@@ -138,8 +139,9 @@ def _total(recipe: Recipe) -> int | None:
     if recipe.train.steps is not None:
         return recipe.train.steps
     try:
-        dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
-        return total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+        # Who lists runs does not wait for a store that is away.
+        dataset = Dataset.open(recipe.dataset_dir, replace(recipe.loader.remote, retries=0, timeout_s=LOOK_S))
+        return total_steps(recipe, len(train_rows(recipe, dataset)))
     except (PipelineError, OSError):  # it was moved or removed since
         return None
 

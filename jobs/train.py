@@ -6,26 +6,26 @@ and shows progress. `worker` is the loop itself, a plain function of recipe, ran
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster import lease
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.errors import StoppedError
+from cluster.errors import ClusterError, StoppedError
 from cluster.metrics import MetricsWriter
 from cluster.stopping import stop_asked
 from cluster.topology import Worker, num_micro_batches
 from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
+from jobs.fit import is_out_of_memory, out_of_memory, remembered, solved, with_recomputation
+from jobs.profiling import StepProfiler
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps
+from jobs.run_folder import check_classes, checkpoints, epoch_length, identity, newest_checkpoint, prepare, total_steps
 from jobs.run_log import RankLog, damage_before, follow, say_slow
+from jobs.train_data import TrainData, open_checked_data, open_worker_data
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
 
@@ -46,22 +46,25 @@ def run(recipe: Recipe) -> int:
     from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
 
     end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
-    dataset = open_dataset(recipe, recipe.data.train_split)
-    check_classes(recipe, dataset)
-    steps = total_steps(recipe, len(dataset.rows(recipe.data.split_column, recipe.data.train_split)))
+    data = open_checked_data(recipe)
+    dataset = data.dataset
+    check_classes(recipe, dataset, data.mixture)
+    steps = total_steps(recipe, len(data.rows[0]))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
+    recipe = solved(recipe, len(dataset.info.classes))
     with lease.hold(recipe.run_dir):
         found = newest_checkpoint(recipe, dataset)
         done = found.step if found else 0
-        if done >= steps:
+        if found is not None and done >= steps and not (recipe.eval.every and found.judgement() is None):
             return done
         prepare(recipe)
         metrics = recipe.run_dir / "metrics.jsonl"
         with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
-            launch(
+            train = partial(
+                launch,
                 "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json"), "end": end},
+                {"recipe": recipe.model_dump(mode="json"), "end": end, "datasets": data.fingerprints},
                 run_dir=recipe.run_dir,
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
@@ -70,10 +73,26 @@ def run(recipe: Recipe) -> int:
                 progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
                 stoppable=True,
             )
+            _until_it_fits(recipe, train, metrics)
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
         raise JobError(f"Training in {recipe.run_dir} ended before its last step. See {recipe.run_dir / 'logs'}.")
     return final.step
+
+
+def _until_it_fits(recipe: Recipe, train: Callable[[], None], metrics: Path) -> None:
+    """Trains; once again, with activations recomputed, when memory ran out while they were kept (`fit`)."""
+    for recomputing in (bool(remembered(recipe.run_dir).get("activation_checkpointing")), True):
+        try:
+            train()
+            return
+        except (ClusterError, JobError) as error:
+            ran_short = not recomputing and remembered(recipe.run_dir).get("activation_checkpointing")
+            if isinstance(error, StoppedError) or not ran_short:
+                raise
+            attempt = lease.newest_attempt(recipe.run_dir)
+            _record(metrics, {"event": "restart", "reason": str(error), "attempt": attempt, "delay_s": 0.0})
+        # The second time begins here, where the error no longer holds on to the old engine.
 
 
 def _record(metrics: Path, event: Mapping[str, object]) -> None:
@@ -94,12 +113,15 @@ def _saved_step(checkpoints: str) -> int:
 def worker(payload: Mapping[str, object], worker: Worker) -> None:
     """One rank of the gang, from the resume point to the last step, or to the step at which it is asked to stop."""
     from cluster.worker import agree, heartbeat
+    from jobs.choose import Chooser
+    from jobs.model_flops import peak_flops, step_flops
     from pipeline.loader import Loader
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir, recipe.loader.remote)
-    rows = dataset.rows(recipe.data.split_column, recipe.data.train_split)
-    steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
+    run_as = with_recomputation(recipe)  # the same numbers; what is saved and compared stays the recipe's
+    data = open_worker_data(recipe, payload["datasets"])
+    dataset = data.dataset
+    steps, micro_batches = total_steps(recipe, len(data.rows[0])), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)
     # Rank 0 looks and the others follow: a checkpoint damaged or committed between two looks must not split the gang.
     newest = newest_checkpoint(recipe, dataset) if worker.rank == 0 else None
@@ -107,45 +129,76 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     found = store.at(number) if number else None
     start = found.step if found else 0
 
-    log = RankLog(recipe, worker)
-    engine = _engine(recipe, dataset, worker, steps, found, log)
+    log = RankLog(recipe, worker, start)
+    engine = _engine(run_as, dataset, worker, steps, found, log)
     log.event("attempt", step=start, world_size=worker.world_size)
+    if worker.rank == 0:
+        num_classes = len(dataset.info.classes)
+        log.count_flops(step_flops(recipe, num_classes, worker.world_size), peak_flops(recipe, worker.device, engine.precision))
     saver = _Saver(recipe, dataset, store, worker, log)
     deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
-    with Loader(
-        dataset,
-        _requests(recipe, dataset, rows, worker, start, steps),
-        micro_batch=recipe.train.micro_batch,
-        clip=recipe.clip,
-        augment=recipe.augment,
-        options=recipe.loader,
-        threads=worker.threads,
-        device=worker.device,
-        on_damage="substitute",
-        counted=_counted(recipe, worker, start),
-        on_slow_read=partial(say_slow, worker.rank, dataset),
-    ) as loader:
+    chooser = Chooser(recipe, dataset, store, worker, log, steps)
+
+    def stop() -> bool:
+        return stop_asked() or deadline.near()
+
+    # Whatever the time limit: each call gets on.
+    if chooser.lacks(found) and not chooser.judge(engine, start, stop_asked, saver.wait):
+        _leave(recipe, saver, log, start, steps)
+    with (
+        Loader(
+            data.source,
+            _requests(recipe, data, worker, start, steps),
+            micro_batch=recipe.train.micro_batch,
+            clip=recipe.clip,
+            augment=recipe.augment,
+            options=recipe.loader,
+            threads=worker.threads,
+            device=worker.device,
+            on_damage="substitute",
+            counted=_counted(recipe, worker, start),
+            on_slow_read=partial(say_slow, worker.rank, data.source),
+        ) as loader,
+        StepProfiler(recipe, worker) as profiler,
+    ):
         batches = log.watch(loader)
         for step in range(start, steps):
+            profiler.before(step + 1)
             began = time.perf_counter()
             mine = itertools.islice(batches, micro_batches // worker.world_size)
-            result = engine.train_step(step, mine, loss, stop=lambda: stop_asked() or deadline.near())
+            try:
+                result = engine.train_step(step, mine, loss, stop=stop)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    saver.wait()
+                    raise out_of_memory(run_as, step, error) from error
+                raise
             seconds = time.perf_counter() - began
-            log.step(step + 1, result, seconds, len(rows))
+            profiler.after(step + 1)
+            log.step(step + 1, result, seconds, epoch_length(recipe, len(data.rows[0])))
             deadline.step(seconds)
             heartbeat()
-            if result.stop or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
+            due = chooser.due(step + 1)
+            if result.stop or due or (step + 1) % recipe.checkpoint.every == 0 or step + 1 == steps:
                 saver.save(step + 1, engine, deadline)
-            if result.stop and step + 1 < steps:
-                saver.wait()
-                agree(step + 1)  # nobody leaves before rank 0 has committed
-                log.event("stop", step=step + 1, reason="SIGTERM" if stop_asked() else "train.time_limit")
-                log.close()
-                raise StoppedError(f"{recipe.run_dir} is saved at step {step + 1} of {steps}; the same command goes on from there.")
+            judged = not due or (not result.stop and chooser.judge(engine, step + 1, stop, saver.wait))
+            if not judged or (result.stop and step + 1 < steps):
+                _leave(recipe, saver, log, step + 1, steps)
     saver.wait()
     log.event("end", step=steps)
     log.close()
+
+
+def _leave(recipe: Recipe, saver: "_Saver", log: RankLog, step: int, steps: int) -> NoReturn:
+    """Ends this rank because the gang was asked to stop, when what it has done is saved."""
+    from cluster.worker import agree
+
+    saver.wait()
+    agree(step)  # nobody leaves before rank 0 has committed
+    log.event("stop", step=step, reason="SIGTERM" if stop_asked() else "train.time_limit")
+    log.close()
+    raise StoppedError(f"{recipe.run_dir} is saved at step {step} of {steps}; the same command goes on from there.")
 
 
 def _engine(recipe: Recipe, dataset: Dataset, worker: Worker, steps: int, found: Checkpoint | None, log: RankLog) -> "Engine":
@@ -192,14 +245,13 @@ def _counted(recipe: Recipe, worker: Worker, start: int) -> tuple[int, int]:
     return start * size // worker.world_size, len(mine)
 
 
-def _requests(
-    recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32], worker: Worker, start: int, steps: int
-) -> "Iterator[MicroBatchRequest]":
+def _requests(recipe: Recipe, data: TrainData, worker: Worker, start: int, steps: int) -> "Iterator[MicroBatchRequest]":
     from pipeline.requests import train_requests
 
     return train_requests(
-        dataset,
-        rows,
+        data.source,
+        data.rows,
+        weights=data.weights,
         seed=recipe.run.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,

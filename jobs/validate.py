@@ -1,15 +1,15 @@
-"""posmlp data validate: every checksum, every tar member, and the index against the bytes. Reads everything, changes nothing.
+"""posmlp data validate: every checksum, every tar member, index and overlays against the bytes. Reads everything, changes nothing.
 
-Of a dataset at a URL each shard is copied to a temporary file, some at a time.
+Of a dataset at a URL each file is copied to a temporary one, some at a time.
 """
 
-import hashlib
 import json
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,10 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from jobs.progress import Progress
+from pipeline import overlay
+from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
+from pipeline.folder import Folder, LocalFolder, folder_at
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, Item, ShardInfo, index_schema, read_info
 from pipeline.location import Location
-from pipeline.remote import RemoteFolder
 
 THREADS = 4
 BLOCK_BYTES = 4 << 20
@@ -47,31 +49,31 @@ class Problem:
 def run(root: Location) -> list[Problem]:
     """All problems of a dataset, in the order of its files. Raises DatasetError when there is no dataset.json to compare with."""
     info = read_info(root)
-    store = RemoteFolder(root) if isinstance(root, str) else root
+    folder = folder_at(root)
     try:
-        dataset = Dataset.open(root)
+        dataset = Dataset.open(root, overlays=False)
     except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
         dataset = Dataset(Path(root), info, index_schema(list(info.splits)).empty_table())
         problems = [_problem(info.index_file, "", "index", "as built", str(error))]
     else:
-        problems = _of_index(dataset)
+        problems = [*_of_index(dataset, folder), *_of_likeness(dataset, folder), *_of_overlays(dataset, folder)]
     shards = info.shards
     with (
         Progress("validating", total=sum(shard.size for shard in shards) >> 20, unit="MiB") as progress,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         numbers = range(len(shards))
-        for shard, found in zip(shards, pool.map(lambda number: list(_of_shard(dataset, store, number)), numbers), strict=True):
+        for shard, found in zip(shards, pool.map(lambda number: list(_of_shard(dataset, folder, number)), numbers), strict=True):
             problems += found
             progress.advance(shard.size >> 20, shard.file)
-    return problems + _strangers(info, store)
+    return problems + _strangers(info, folder)
 
 
-def _of_index(dataset: Dataset) -> list[Problem]:
+def _of_index(dataset: Dataset, folder: Folder) -> list[Problem]:
     problems = []
     index = dataset.info.index_file
-    with dataset.copied(index).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with _local(folder, index) as path:
+        digest = sha256_of(path) if path.is_file() else "no such file"
     if digest != dataset.info.index_sha256:
         problems.append(_problem(index, "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
     info = dataset.info
@@ -97,15 +99,46 @@ def _of_index(dataset: Dataset) -> list[Problem]:
     return problems
 
 
-def _of_shard(dataset: Dataset, store: Path | RemoteFolder, number: int) -> Iterator[Problem]:
-    file = dataset.info.shards[number].file
-    if isinstance(store, Path):
-        yield from _of_file(dataset, number, store / file)
+def _of_likeness(dataset: Dataset, folder: Folder) -> list[Problem]:
+    """The digests by which duplicates are found; datasets that were built without them have none."""
+    file, expected = dataset.info.likeness_file, dataset.info.likeness_sha256
+    if not expected:
+        return []
+    with _local(folder, file) as path:
+        if not path.is_file():
+            return [_problem(file, "", "file", "present", "no such file")]
+        digest = sha256_of(path)
+    return [] if digest == expected else [_problem(file, "", "SHA-256", expected, digest)]
+
+
+def _of_overlays(dataset: Dataset, folder: Folder) -> list[Problem]:
+    """Each overlay by itself, and that each file in their folder is one."""
+    problems = []
+    labels = dataset.column("label").astype(np.int32, copy=False)
+    for file, size in sorted(folder.sizes(overlay.FOLDER).items()):
+        try:
+            read = overlay.read_file(folder, file, size)
+            overlay.combine([read], dataset.table.column("key"), labels, len(dataset.info.classes))
+        except DatasetError as error:
+            problems.append(_problem(file, "", "overlay", "as it was written, for this dataset", str(error)))
+    return problems
+
+
+@contextmanager
+def _local(folder: Folder, file: str) -> Iterator[Path]:
+    """A file of the dataset on this machine within the block; it does not exist when the dataset has none."""
+    if isinstance(folder, LocalFolder):
+        yield folder.path / file
         return
-    with tempfile.TemporaryDirectory(prefix="posmlp-validate-") as folder:
-        path, size = Path(folder) / "shard.tar", store.size(file)
+    with tempfile.TemporaryDirectory(prefix="posmlp-validate-") as work:
+        path, size = Path(work) / "file", folder.size(file)
         if size is not None:
-            store.fetch(file, path, size)
+            folder.fetch(file, path, size)
+        yield path
+
+
+def _of_shard(dataset: Dataset, folder: Folder, number: int) -> Iterator[Problem]:
+    with _local(folder, dataset.info.shards[number].file) as path:
         yield from _of_file(dataset, number, path)
 
 
@@ -117,8 +150,7 @@ def _of_file(dataset: Dataset, number: int, path: Path) -> Iterator[Problem]:
     size = path.stat().st_size
     if size != shard.size:
         yield _problem(shard.file, "", "size in bytes", str(shard.size), str(size))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if digest != shard.sha256:
         yield _problem(shard.file, "", "SHA-256", shard.sha256, digest)
     if len(dataset):
@@ -185,13 +217,10 @@ def _crc32(file: BinaryIO, offset: int, size: int) -> int:
     return value
 
 
-def _strangers(info: DatasetInfo, store: Path | RemoteFolder) -> list[Problem]:
+def _strangers(info: DatasetInfo, folder: Folder) -> list[Problem]:
     """Tars that no row of the index points at."""
     known = {shard.file for shard in info.shards}
-    if isinstance(store, Path):
-        found = sorted(path.relative_to(store).as_posix() for path in (store / "shards").glob("*.tar"))
-    else:
-        found = sorted(name for name in store.sizes("shards") if name.endswith(".tar"))
+    found = sorted(name for name in folder.sizes("shards") if name.endswith(".tar"))
     return [_problem(file, "", "shard", "listed in dataset.json", "not listed") for file in found if file not in known]
 
 

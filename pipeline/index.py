@@ -15,22 +15,24 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.durable import committed
+from pipeline import duplicates, overlay
+from pipeline.cache import CacheFolder
+from pipeline.durable import committed, sha256_of
 from pipeline.errors import DatasetError
+from pipeline.folder import Folder, LocalFolder
 from pipeline.location import Location
 from pipeline.options import RemoteOptions
-
-if TYPE_CHECKING:
-    from pipeline.cache import CacheFolder
-    from pipeline.remote import RemoteFolder
+from pipeline.overlay import Overlay
+from pipeline.remote import RemoteFolder
 
 FORMAT_VERSION = 1
+MAX_INFO_BYTES = 256 << 20  # of a dataset.json from a store
 SPLIT_PREFIX = "split:"  # a column per split column of the label file, int8 codes into DatasetInfo.splits
 COLUMNS = (
     pa.field("key", pa.string(), nullable=False),  # WebDataset key: unique, no dot in its last part
@@ -66,6 +68,7 @@ class DatasetInfo:
 
     splits: split column -> its names, in the order of the index's codes (-1 there: in none).
     build: the options that shaped the bytes. libraries: versions that did. generation: how often it was appended to.
+    likeness_sha256: of the digests by which duplicates are found, "" where it was built without them.
     """
 
     version: int = FORMAT_VERSION
@@ -81,10 +84,20 @@ class DatasetInfo:
     shards: list[ShardInfo]
     build: dict[str, object] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
+    likeness_sha256: str = ""
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether frames 0, 4, 8, ... of its videos are a base layer (`EncodeOptions.form`)."""
+        return self.build.get("encode.form") == "layered"
 
     @property
     def index_file(self) -> str:
         return _generation_name("index.arrow", self.generation)
+
+    @property
+    def likeness_file(self) -> str:
+        return _generation_name("likeness.arrow", self.generation)
 
     @property
     def quarantine_file(self) -> str:
@@ -154,98 +167,151 @@ class Item:
 class Origin:
     """Where a dataset at a URL comes from, and what this machine keeps of it."""
 
-    folder: "RemoteFolder"
-    cache: "CacheFolder"
+    folder: RemoteFolder
+    cache: CacheFolder
+
+    def kept(self, file: str, size: int | None, sha256: str) -> Path:
+        """A file of the dataset in the cache; the first process that asks for it fetches it. size: None for no such file.
+
+        Raises DatasetError, StorageError.
+        """
+        where = f"{self.folder}/{file}"
+        if size is None:
+            raise DatasetError(f"{where} is missing. Run 'posmlp data validate {self.folder}'.")
+
+        def fetch(path: Path) -> None:
+            for _ in range(2):  # what was only changed on its way comes otherwise the next time
+                try:
+                    self.folder.fetch(file, path, size)
+                except FileNotFoundError:
+                    raise DatasetError(f"{where} is missing. Run 'posmlp data validate {self.folder}'.") from None
+                if sha256_of(path) == sha256:
+                    return
+                path.unlink()
+            raise DatasetError(f"{where} is not the one of its dataset.json. Run 'posmlp data validate {self.folder}'.")
+
+        return self.cache.once(file, size, fetch, sound=lambda path: path.is_file() and path.stat().st_size == size)
 
 
 class Dataset:
     """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views.
 
+    Its overlays are applied: `info.fingerprint` is of both, labels are the corrected ones, and items that are left out are in no split.
+    They keep their rows: a row number means the same with and without.
+
     root: the folder with dataset.json and the index; of a dataset at a URL the one in this machine's cache, without shards. origin: None
     for a local one.
     """
 
-    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table, origin: Origin | None = None) -> None:
+    def __init__(
+        self, root: Path, info: DatasetInfo, table: pa.Table, overlay: Overlay | None = None, origin: Origin | None = None
+    ) -> None:
         self.root = root
-        self.info = info
+        self.overlay = overlay or Overlay()
+        self.info = replace(info, fingerprint=self.overlay.fingerprint(info.fingerprint))
         self.origin = origin
         self._table = table
 
     @classmethod
-    def open(cls, place: Location | os.PathLike[str], options: RemoteOptions | None = None) -> Self:
-        """Raises DatasetError when `place` holds no finished dataset or its index does not fit its dataset.json; StorageError.
+    def open(cls, place: Location | os.PathLike[str], options: RemoteOptions | None = None, *, overlays: bool = True) -> Self:
+        """place: a folder, or the URL of one as `location` gives it. options: for a URL. overlays: False opens the dataset as it was built.
 
-        place: a folder, or the URL of one as `location` gives it. options: for a URL.
+        Raises DatasetError when `place` holds no finished dataset, or its index or an overlay does not fit its dataset.json; StorageError.
         """
         if isinstance(place, str) and "://" in place:
-            return cls._open_remote(place, options or RemoteOptions())
-        root = Path(place)
-        info = read_info(root)
-        return cls(root, info, _mapped(root / info.index_file, info, root))
+            built = cls._open_remote(place, options or RemoteOptions())
+        else:
+            root = Path(place)
+            info = read_info(root)
+            built = cls(root, info, _mapped(root / info.index_file, info, root))
+        files = overlay.read_files(built.folder) if overlays else []
+        if not files:
+            return built
+        labels = built.column("label").astype(np.int32, copy=False)
+        combined = overlay.combine(files, built.table.column("key"), labels, len(built.info.classes))
+        return cls(built.root, built.info, built.table, combined, built.origin)
 
     @classmethod
     def _open_remote(cls, url: str, options: RemoteOptions) -> Self:
-        from pipeline.cache import CacheFolder
-        from pipeline.remote import RemoteFolder
-
         folder = RemoteFolder(url, options)
         text, info = _read_manifest(folder)
-        name = hashlib.sha256(text).hexdigest()[:32]  # what is in dataset.json decides what is in all other files
+        name = hashlib.sha256(text).hexdigest()[:32]  # what is in dataset.json decides what is in all files but the overlays
         cache = CacheFolder.open(Path(options.cache_dir).expanduser(), name, int(options.cache_gib * 2**30))
-
-        def fetch(path: Path) -> None:
-            for _ in range(2):
-                try:
-                    folder.fetch(info.index_file, path, info.index_size)
-                except FileNotFoundError:
-                    raise DatasetError(f"{url}/{info.index_file} is missing. Run 'posmlp data validate {url}'.") from None
-                if _sha256(path) == info.index_sha256:
-                    return
-                path.unlink()
-            raise DatasetError(f"{url}/{info.index_file} is not the index of its dataset.json. Run 'posmlp data validate {url}'.")
-
-        index = cache.once(
-            info.index_file, info.index_size, fetch, sound=lambda path: path.is_file() and path.stat().st_size == info.index_size
-        )
-        return cls(cache.path, info, _mapped(index, info, url), Origin(folder=folder, cache=cache))
+        origin = Origin(folder=folder, cache=cache)
+        index = origin.kept(info.index_file, info.index_size, info.index_sha256)
+        return cls(cache.path, info, _mapped(index, info, url), origin=origin)
 
     @property
     def where(self) -> Location:
         """Where the dataset lies, for people and commands: a folder or a URL."""
         return self.origin.folder.url if self.origin else self.root
 
+    @property
+    def folder(self) -> Folder:
+        """The same, to list, read and write in it."""
+        return self.origin.folder if self.origin else LocalFolder(self.root)
+
     def copied(self, file: str) -> Path:
         """The newest state of a small file of the dataset, on this machine; it does not exist when the dataset has none."""
         path = self.root / file
         if self.origin is not None:
-            path.unlink(missing_ok=True)
             size = self.origin.folder.size(file)
-            if size is not None:
+            if size is None:
+                path.unlink(missing_ok=True)
+            else:
                 self.origin.folder.fetch(file, path, size)
         return path
 
-    def sizes(self) -> dict[str, int]:
-        """Name -> size in bytes of the shards that are there, whether listed in dataset.json or not."""
-        if self.origin is not None:
-            return self.origin.folder.sizes("shards")
-        return {path.relative_to(self.root).as_posix(): path.stat().st_size for path in (self.root / "shards").glob("*.tar")}
-
     @property
     def table(self) -> pa.Table:
-        """All rows, of `index_schema`."""
+        """All rows as they were built, of `index_schema`."""
         return self._table
+
+    def likeness(self) -> pa.Table | None:
+        """The digests of all rows and which are the same, see `duplicates.read_table`, mapped; None where there are none.
+
+        Raises DatasetError when they do not fit the index.
+        """
+        file = self.info.likeness_file
+        if not self.info.likeness_sha256:
+            return None
+        path = self.root / file
+        if self.origin is not None:
+            path = self.origin.kept(file, self.origin.folder.size(file), self.info.likeness_sha256)
+        try:
+            table = duplicates.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"{path} is damaged or missing ({error}). Run 'posmlp data validate {self.where}'.") from None
+        if table is not None and table.num_rows != len(self):
+            raise DatasetError(f"{path} has {table.num_rows} rows, expected {len(self)}. Run 'posmlp data validate {self.where}'.")
+        return table
+
+    @property
+    def num_kept(self) -> int:
+        """How many items no overlay leaves out."""
+        return len(self) - len(self.overlay.excluded)
+
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which items no overlay leaves out, (num_items,)."""
+        mask = np.ones(len(self), dtype=np.bool_)
+        mask[self.overlay.excluded] = False
+        return mask
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def column(self, name: str) -> npt.NDArray[np.generic]:
-        """A numeric column as a read-only array of shape (num_items,), without a copy."""
+        """A numeric column as an array of shape (num_items,), read-only and without a copy; a copy of corrected labels."""
         chunked = self._table.column(name)
         dtype = np.dtype(chunked.type.to_pandas_dtype())
         if chunked.num_chunks == 0:
             return np.empty(0, dtype=dtype)
         # Not `to_numpy`: it imports pandas, which takes half a second and 30 MB of every rank.
-        return np.frombuffer(chunked.chunk(0).buffers()[1], dtype=dtype, count=len(chunked))
+        values = np.frombuffer(chunked.chunk(0).buffers()[1], dtype=dtype, count=len(chunked))
+        if name == "label" and len(self.overlay.relabelled):
+            values = values.copy()
+            values[self.overlay.relabelled] = self.overlay.labels
+        return values
 
     def text(self, name: str, row: int) -> str:
         """One cell of a text column."""
@@ -253,11 +319,21 @@ class Dataset:
 
     def item(self, row: int) -> Item:
         values = {name: self._table.column(name)[row].as_py() for name in Item.__dataclass_fields__ if name not in ("row", "shard_file")}
+        values["label"] = self.overlay.label(row, values["label"])
         shard = self.info.shards[self._table.column("shard")[row].as_py()]
         return Item(row=row, shard_file=shard.file, **values)
 
+    @property
+    def parts(self) -> list["Dataset"]:
+        """Itself, as the only dataset in a mixture of one."""
+        return [self]
+
+    def part(self, row: int) -> int:
+        """0, as the number of the only dataset in a mixture of one."""
+        return 0
+
     def rows(self, split_column: str, split: str) -> npt.NDArray[np.uint32]:
-        """Rows of one split, ascending, shape (n,). Raises DatasetError naming what there is instead."""
+        """Rows of one split without those left out, ascending, shape (n,). Raises DatasetError naming what there is instead."""
         names = self.info.splits.get(split_column)
         if names is None:
             raise DatasetError(
@@ -267,8 +343,9 @@ class Dataset:
             raise DatasetError(
                 f"{self.where}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split."
             )
-        codes = self.column(SPLIT_PREFIX + split_column)
-        return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
+        wanted = self.column(SPLIT_PREFIX + split_column) == names.index(split)
+        wanted[self.overlay.excluded] = False
+        return np.flatnonzero(wanted).astype(np.uint32)
 
 
 def _generation_name(name: str, generation: int) -> str:
@@ -293,8 +370,6 @@ def _mapped(path: Path, info: DatasetInfo, where: Location) -> pa.Table:
 def read_info(place: Location) -> DatasetInfo:
     """`dataset.json` of the dataset in `place`. Raises DatasetError when there is none, or it cannot be read; StorageError."""
     if isinstance(place, str):
-        from pipeline.remote import RemoteFolder
-
         return _read_manifest(RemoteFolder(place))[1]
     manifest = place / "dataset.json"
     if not manifest.is_file():
@@ -303,28 +378,21 @@ def read_info(place: Location) -> DatasetInfo:
     return DatasetInfo.from_json(manifest.read_text(encoding="utf-8"), str(manifest))
 
 
-def _read_manifest(folder: "RemoteFolder") -> tuple[bytes, DatasetInfo]:
+def _read_manifest(folder: RemoteFolder) -> tuple[bytes, DatasetInfo]:
     """`dataset.json` as it is and as it reads; once more where what came is no such file, since there is no checksum of it."""
-    where = f"{folder.url}/dataset.json"
+
+    def read() -> tuple[bytes, DatasetInfo]:
+        text = folder.read_all("dataset.json", MAX_INFO_BYTES)
+        return text, DatasetInfo.from_json(text.decode(errors="replace"), f"{folder}/dataset.json")
+
     try:
-        text = folder.read_all("dataset.json")
-        again = False
         try:
-            info = DatasetInfo.from_json(text.decode(errors="replace"), where)
-            again = info.with_fingerprint().fingerprint != info.fingerprint
+            text, info = read()
         except DatasetError:
-            again = True
-        if again:
-            text = folder.read_all("dataset.json")
-            info = DatasetInfo.from_json(text.decode(errors="replace"), where)
-        return text, info
+            return read()
+        return (text, info) if info.with_fingerprint().fingerprint == info.fingerprint else read()
     except FileNotFoundError:
-        raise DatasetError(f"{folder.url} holds no finished dataset (there is no dataset.json in it).") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise DatasetError(f"{folder} holds no finished dataset (there is no dataset.json in it).") from None
 
 
 def index_schema(split_columns: list[str]) -> pa.Schema:
@@ -340,4 +408,4 @@ def write_index(path: Path, tables: Iterable[pa.Table]) -> tuple[str, int]:
     whole = pa.concat_tables(tables).combine_chunks()
     with committed(path) as file, pa.ipc.new_file(file, whole.schema.remove_metadata()) as writer:
         writer.write_table(whole.replace_schema_metadata(None))
-    return _sha256(path), path.stat().st_size
+    return sha256_of(path), path.stat().st_size

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.options import AugmentOptions, ClipOptions
+from pipeline.options import BASE_STEP, AugmentOptions, ClipOptions
 
 KEYED_VERSION = 1  # a run may only resume under the version it started with
 CROP_ATTEMPTS = 10
@@ -146,10 +146,10 @@ def eval_views(num_clips: int, num_crops: int, flip: bool) -> list[View]:
 
 
 def view_parameters(
-    view: View, *, num_frames: int, fps: float, width: int, height: int, clip: ClipOptions, augment: AugmentOptions
+    view: View, *, num_frames: int, fps: float, width: int, height: int, clip: ClipOptions, augment: AugmentOptions, begin: int = 0
 ) -> ClipParameters:
-    """One view of an item with `num_frames` frames of `width` x `height` pixels; nothing about it is random."""
-    frames = clip_frames(num_frames, fps, clip, key=None, view=view)
+    """One view of an item with `num_frames` frames of `width` x `height` pixels, from frame `begin` of its video; nothing is random."""
+    frames = clip_frames(num_frames, fps, clip, key=None, view=view, begin=begin)
     return ClipParameters(frames=frames, roi=view_crop(height, width, augment, view), flip=view.flip)
 
 
@@ -165,9 +165,13 @@ def clip_parameters(
     augment: AugmentOptions,
     training: bool,
     view: int = 0,
+    begin: int = 0,
 ) -> ClipParameters:
-    """The clip of an item with `num_frames` frames of `width` x `height` pixels at `position`; without `training` nothing is random."""
-    frames = clip_frames(num_frames, fps, clip, key=(seed, position) if training else None)
+    """The clip of an item with `num_frames` frames of `width` x `height` pixels at `position`; without `training` nothing is random.
+
+    begin: the item's first frame in its video.
+    """
+    frames = clip_frames(num_frames, fps, clip, key=(seed, position) if training else None, begin=begin)
     if training:
         roi, flip = crop_parameters(height, width, augment, seed=seed, position=position, view=view)
     else:
@@ -176,14 +180,15 @@ def clip_parameters(
 
 
 def clip_frames(
-    num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[int, int] | None, view: View = MIDDLE
+    num_frames: int, fps: float, clip: ClipOptions, *, key: tuple[int, int] | None, view: View = MIDDLE, begin: int = 0
 ) -> npt.NDArray[np.int32]:
     """Frame numbers of a clip, int32 (T,), ascending, each in [0, num_frames).
 
     num_frames: of the item, at least 1. key: (seed, position) in training; None in evaluation, for clip c of C as `view` says:
     dense clips start evenly spaced from the first start that fits to the last (a single one in the middle); a segment clip takes the
     frame (2c + 1) / 2C of the way through each segment; uniform has no second clip: every one is the same.
-    A dense clip that is longer than the item repeats its last frame.
+    A dense clip that is longer than the item repeats its last frame. begin: the item's first frame in its video, which tells base frames
+    (`clip.starts`): of the starts that fit only those are drawn from, or spaced over, unless there is none.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
@@ -197,8 +202,11 @@ def clip_frames(
         return _segment_frames(num_frames, length, key, view)
     stride = clip.stride if clip.stride_s is None else clip.stride_s * fps
     offsets = np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
-    free = max(num_frames - int(offsets[-1]), 1)  # starts from which the whole clip fits
-    start = _clip_start(free, view) if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], free)
+    starts = range(max(num_frames - int(offsets[-1]), 1))  # from which the whole clip fits
+    if clip.starts == "base":
+        starts = starts[-begin % BASE_STEP :: BASE_STEP] or starts
+    chosen = _clip_start(len(starts), view) if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], len(starts))
+    start = starts[chosen]
     return np.asarray(np.minimum(start + offsets, num_frames - 1), dtype=np.int32)
 
 

@@ -27,6 +27,7 @@ from pipeline.dali import CPU_CODECS, Graph, GraphError
 from pipeline.errors import BudgetError, DecodeError, PipelineError, SampleError
 from pipeline.index import Dataset, Item
 from pipeline.keyed import ClipParameters
+from pipeline.mixture import Mixture
 from pipeline.options import AugmentOptions, ClipOptions, LoaderOptions
 from pipeline.prefetch import Buffers, Room
 from pipeline.reader import open_reader
@@ -120,7 +121,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Mixture,
         requests: Iterable[MicroBatchRequest],
         *,
         micro_batch: int,
@@ -139,14 +140,14 @@ class Loader:
         self._substitute, self._device = on_damage == "substitute", torch.device(device)
         self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
         self._planner, self._swapped = Planner(dataset, clip, augment), swapped_labels(dataset.info.classes, augment.flip_labels)
-        self._reader, self._buffers = open_reader(dataset), Buffers()
+        self._readers, self._buffers = [open_reader(part) for part in dataset.parts], Buffers()
         num_threads = options.threads or threads
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
         self._graph = Graph(batch=micro_batch, augment=augment, decode=self._encoded, device_id=self._device_id, threads=num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._ahead = 2 + 4 * num_threads // micro_batch  # micro-batches that keep all threads busy while one is augmented
         self._fetching: ThreadPoolExecutor | None = None
-        if dataset.origin is not None:
+        if any(part.origin is not None for part in dataset.parts):
             self._fetching = ThreadPoolExecutor(options.remote.requests, thread_name_prefix="fetch")
             self._ahead = max(self._ahead, 2 + options.remote.requests // micro_batch)
         self._watchdog = Watchdog(options.slow_read_s if on_slow_read else 0.0, on_slow_read or (lambda item, seconds: None))
@@ -202,8 +203,8 @@ class Loader:
         return 3 * self._clip.num_frames * (int((width * height).sum()) + 4 * len(request.rows) * self._augment.size**2)
 
     def _submit(self, request: MicroBatchRequest) -> Sequence[_Pending]:
-        if self._substitute and request.pool is None:
-            raise ValueError("requests without a pool: got on_damage='substitute', expected 'report'")
+        if self._substitute and request.pools is None:
+            raise ValueError("requests without pools: got on_damage='substitute', expected 'report'")
         views = request.views
         rows, positions, valid = (array[::views].tolist() for array in (request.rows, request.positions, request.valid))
         parameters = (request.parameters[i : i + views] for i in range(0, len(request.parameters), views))
@@ -227,7 +228,7 @@ class Loader:
     def _read(self, item: Item) -> bytes:
         self._watchdog.begin(item)
         try:
-            return self._reader.read(item)
+            return self._readers[self._dataset.part(item.row)].read(item)
         finally:
             self._watchdog.end()
 
@@ -277,9 +278,10 @@ class Loader:
     def _replaced(self, request: MicroBatchRequest, sample: _Sample, error: SampleError) -> _Sample:
         """What stands in the place of a damaged sample: another one, the same whenever and wherever it is drawn."""
         errors = (*sample.errors, error)
-        position, pool = sample.position, request.pool
-        if not self._substitute or pool is None:
+        position, pools = sample.position, request.pools
+        if not self._substitute or pools is None:
             return _Sample(item=sample.item, position=position, parameters=sample.parameters, data=None, errors=errors)
+        pool = pools[self._dataset.part(sample.item.row)]  # so that a mixture's shares stay what they are
         while len(errors) <= SUBSTITUTES:  # the number of failures is the number of the next draw
             row = int(pool[keyed.substitute(request.seed, position, len(errors) - 1, len(pool))])
             parameters = [self._planner.training(row, seed=request.seed, position=position, view=v) for v in range(request.views)]
@@ -311,7 +313,7 @@ class Loader:
         damaged = [_damage(sample, error) for sample in samples for error in sample.errors]
         self._count(int(request.valid[:: request.views].sum()), sum(1 for sample in samples if sample.errors), damaged)
         slots = [(sample.item, parameters) for sample in samples for parameters in sample.parameters]
-        swapped = self._swapped if request.pool is not None else {}  # in evaluation the label is the video's, however it is shown
+        swapped = self._swapped if request.pools is not None else {}  # in evaluation the label is the video's, however it is shown
         turned = [swapped.get(item.label, item.label) if parameters.flip else item.label for item, parameters in slots]
         labels = torch.tensor(turned, dtype=torch.int64).to(self._device)
         mix = request.mix
@@ -385,13 +387,15 @@ class Loader:
         self._ended = True
         self._room.close()
         if self._fetching is not None:
-            self._reader.close()  # ends what waits for another attempt
+            for reader in self._readers:
+                reader.close()  # ends what waits for another attempt
             self._fetching.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._producer is not None:
             self._producer.join()
         self._graph.close()
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
         self._watchdog.close()
 
     def __enter__(self) -> Self:

@@ -31,6 +31,11 @@ def location(text: str) -> Location:
     return f"{scheme}://{rest}"
 
 
+def within(place: Location, name: str) -> Location:
+    """A file in a folder."""
+    return f"{place}/{name}" if isinstance(place, str) else place / name
+
+
 def inside(name: str) -> bool:
     """Whether a relative name, as a dataset.json has it, stays in its folder."""
     path = PurePosixPath(name)

@@ -7,18 +7,18 @@ ledgers, so they are made here, once: the relative path without its extension, s
 import hashlib
 import os
 import re
-import stat
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pipeline.errors import ManifestError
-from pipeline.labels import VIDEO_SUFFIXES, Row, rows_of_file, rows_of_folder, rows_of_paths
+from pipeline.label_file import VIDEO_SUFFIXES
+from pipeline.labels import LabelFiles, Labels, Row, described, names_of, read_labels
 from pipeline.location import Location
+from pipeline.video_folder import Videos, videos_at
 
 SHOWN = 5  # offenders named in a message
+WINDOW_MARK = "~"  # in keys of a long video's windows, between the video's key, which never has it, and the window's number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class Source:
     """One item to build. path: relative to the videos folder, with slashes. splits: one name per split column, "" for none.
 
     size: of the file in bytes. start_s, end_s: the wanted window in seconds, None for the video's own start and end.
+    num_frames: of a folder of numbered pictures, as listed or else as found; None for a file.
+    tar, offset: of a video in a tar, where it is: relative to the videos folder, in bytes.
     """
 
     key: str
@@ -36,13 +38,21 @@ class Source:
     size: int
     start_s: float | None
     end_s: float | None
+    num_frames: int | None = None
+    tar: str = ""
+    offset: int = 0
+
+    @property
+    def file(self) -> str:
+        """What is there to be opened: the tar, or the path itself."""
+        return self.tar or self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """All items, sorted by key. classes: in the order of their indices. split_columns: names, sorted. missing: paths without a file.
 
-    drawn: whether splits were drawn here because the labels name none.
+    drawn: whether splits were drawn here because the labels name none. format: as what the labels were read, for people.
     """
 
     sources: list[Source]
@@ -50,12 +60,23 @@ class Manifest:
     split_columns: list[str]
     missing: list[str]
     drawn: bool
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """What labels list: `present` with a file, `absent` without one (whose key is "" and size 0)."""
+
+    labels: Labels
+    present: list[Source]
+    absent: list[Source]
 
 
 def read_manifest(
     videos: Location,
-    labels: Path | None,
+    labels: LabelFiles,
     *,
+    format: str = "auto",
     allow_missing: bool = False,
     val_fraction: float = 0.2,
     seed: int = 0,
@@ -63,130 +84,111 @@ def read_manifest(
 ) -> Manifest:
     """What `videos`, a folder or a URL, holds and `labels` says of it.
 
-    labels: CSV or Parquet with columns path and label; optionally group, start_s, end_s, and any number of columns whose names start
-    with "split"; others are ignored. Without one: class = subfolder, below train/ and val/ where these are the top folders.
+    labels, format: see `label_file`; without a label file, class = subfolder, below train/ and val/ where these are the top folders.
     val_fraction: without any split, this share of each class is held out, drawn by (seed, group or key). held_groups: groups of which
     it is decided already whether they are held out.
-    Raises ManifestError naming what does not fit.
+    Raises ManifestError naming what does not fit, StorageError.
     """
-    folder: _Folder | _Listing
-    if isinstance(videos, str):
-        folder = listing = _Listing(videos)
-        rows = rows_of_paths(videos, listing.paths()) if labels is None else rows_of_file(labels)
-    elif videos.is_dir():
-        folder = _Folder(os.path.realpath(videos))
-        rows = rows_of_folder(videos) if labels is None else rows_of_file(labels)
-    else:
-        raise ManifestError(f"{videos} is not a folder. data.videos must name the folder that holds the videos.")
-    split_columns = sorted(name for name in (rows[0].values if rows else {}) if name.startswith("split"))
-    sources, missing = _sources(folder, rows, split_columns)
+    listed = list_videos(videos, labels, format)
+    sources, named = listed.present, names_of(labels)
+    missing = [source.path for source in listed.absent]
     if missing and not allow_missing:
-        listed = ", ".join(missing[:SHOWN])
         raise ManifestError(
-            f"{labels}: {len(missing)} of {len(rows)} videos are not in {videos}, first {listed}. "
+            f"{named}: {len(missing)} of {len(listed.labels.rows)} videos are not in {videos}, first {', '.join(missing[:SHOWN])}. "
             "Add them, or set data.allow_missing=true to build without them."
         )
     if not sources:
-        where = f"named by {labels}" if labels is not None else f"with a suffix such as {', '.join(sorted(VIDEO_SUFFIXES)[:4])}"
+        where = f"named by {named}" if labels is not None else f"with a suffix such as {', '.join(sorted(VIDEO_SUFFIXES)[:4])}"
         raise ManifestError(f"{videos} holds no video {where}.")
-    _check_labels(sources, labels)
-    classes = ordered_classes({source.label for source in sources})
-    drawn = not split_columns
+    _refuse_unclear(listed.labels)
+    found = {source.label for source in sources}
+    classes = ordered_classes(found) if listed.labels.classes is None else [name for name in listed.labels.classes if name in found]
+    split_columns, drawn = listed.labels.split_columns, not listed.labels.split_columns
     if drawn:
         sources, split_columns = _with_split(sources, val_fraction, seed, held_groups or {}), ["split"]
     sources.sort(key=lambda source: source.key)
-    return Manifest(sources=sources, classes=classes, split_columns=split_columns, missing=missing, drawn=drawn)
+    return Manifest(
+        sources=sources,
+        classes=classes,
+        split_columns=split_columns,
+        missing=missing,
+        drawn=drawn,
+        format=described(listed.labels),
+    )
 
 
-def _sources(folder: "_Folder | _Listing", rows: Sequence[Row], split_columns: Sequence[str]) -> tuple[list[Source], list[str]]:
-    sources, missing = [], []
+def summary(manifest: Manifest) -> str:
+    """One line: as what the labels were read, and what they gave."""
+    missing = f", {len(manifest.missing)} that they list are missing" if manifest.missing else ""
+    return f"labels: {manifest.format}: {len(manifest.sources)} items, {len(manifest.classes)} classes{missing}"
+
+
+def list_videos(videos: Location, labels: LabelFiles, format: str = "auto") -> Listed:
+    """What the labels list, found in `videos` or not. Raises ManifestError for what cannot be right in any case, StorageError."""
+    folder = videos_at(videos)
+    said = read_labels(folder, labels, format)
+    present, absent = _sources(folder, said)
+    return Listed(labels=said, present=present, absent=absent)
+
+
+def _refuse_unclear(labels: Labels) -> None:
+    """An official list's clip and the whole video that it is a part of may both be called <id>.mp4; to guess would be to train on junk."""
+    if labels.by_id:
+        raise ManifestError(
+            f"{len(labels.by_id)} files are named by their YouTube id alone, first {labels.by_id[0]}: clips, or whole videos? "
+            "Say which: data.format=kinetics for clips that are used as they are, data.format=kinetics_whole for whole videos that are "
+            "cut at time_start and time_end."
+        )
+
+
+def _sources(folder: Videos, labels: Labels) -> tuple[list[Source], list[Source]]:
+    """(those with a file, those without)."""
+    present: list[Source] = []
+    absent: list[Source] = []
     taken: set[str] = set()
     seen: dict[tuple[str, float | None, float | None], Row] = {}
-    for row in sorted(rows, key=lambda row: (row.values["path"], row.values.get("start_s", ""), row.values.get("end_s", ""))):
-        path, size = folder.find(row)
-        start_s, end_s = _seconds(row, "start_s"), _seconds(row, "end_s")
+    for row in sorted(labels.rows, key=lambda row: (row.path, row.start_s, row.end_s)):
+        if row.part is None:
+            path, size, num_frames = folder.find(row.path, row.where)
+        else:  # its name in the tar is a name alone
+            path, size, num_frames = "".join(letter if letter.isprintable() else "_" for letter in row.path), row.part[2], None
+        start_s, end_s = _seconds(row, "start_s", row.start_s), _seconds(row, "end_s", row.end_s)
         if start_s is not None and end_s is not None and start_s >= end_s:
             raise ManifestError(f"{row.where}: start_s {start_s:g} is not before end_s {end_s:g}.")
+        if not row.label:
+            raise ManifestError(f"{row.where}: {path} has an empty label.")
         first = seen.setdefault((path, start_s, end_s), row)
         if first is not row:
-            _refuse_contradiction(path, first, row, ["label", *split_columns])
+            _refuse_contradiction(path, first, row, labels.split_columns)
             continue
-        if size is None:
-            missing.append(path)
-            continue
-        key = _key(path, start_s, end_s, taken)
-        splits = tuple(sys.intern(row.values[name].strip()) for name in split_columns)
-        label, group = sys.intern(row.values["label"].strip()), sys.intern(row.values.get("group", "").strip())
-        sources.append(Source(key=key, path=path, label=label, splits=splits, group=group, size=size, start_s=start_s, end_s=end_s))
-    return sources, missing
+        source = Source(
+            key=_key(path, start_s, end_s, taken) if size is not None else "",
+            path=path,
+            label=row.label,
+            splits=row.splits,
+            group=row.group,
+            size=size or 0,
+            start_s=start_s,
+            end_s=end_s,
+            num_frames=int(row.num_frames) if row.num_frames and num_frames is not None else num_frames,
+            tar=row.part[0] if row.part else "",
+            offset=row.part[1] if row.part else 0,
+        )
+        (absent if size is None else present).append(source)
+    return present, absent
 
 
-def _refuse_contradiction(path: str, first: Row, second: Row, columns: Sequence[str]) -> None:
-    for name in columns:
-        if first.values[name] != second.values[name]:
+def _refuse_contradiction(path: str, first: Row, second: Row, split_columns: Sequence[str]) -> None:
+    names = ["label", *split_columns]
+    for name, one, other in zip(names, [first.label, *first.splits], [second.label, *second.splits], strict=True):
+        if one != other:
             raise ManifestError(
-                f"{path} has two values of '{name}': '{first.values[name]}' ({first.where}) and '{second.values[name]}' ({second.where}). "
+                f"{path} has two values of '{name}': '{one}' ({first.where}) and '{other}' ({second.where}). "
                 "Remove one of the rows, or give them different start_s and end_s."
             )
 
 
-class _Folder:
-    """Looks up files below `home`, a real path; what it learns of subfolders is kept, so that a file costs one system call."""
-
-    def __init__(self, home: str) -> None:
-        self._home = home
-        self._inside: dict[str, bool] = {}
-
-    def find(self, row: Row) -> tuple[str, int | None]:
-        """The row's path, normalised, and its size in bytes, None for no such file. Raises ManifestError when it leads out of here."""
-        text, path = row.values["path"].strip(), _path_of(row)
-        full = os.path.join(self._home, path)
-        folder = os.path.dirname(full)
-        if folder not in self._inside:
-            self._inside[folder] = self._holds(os.path.realpath(folder))
-        try:
-            status = os.lstat(full)
-            if not self._inside[folder] or (stat.S_ISLNK(status.st_mode) and not self._holds(os.path.realpath(full))):
-                real = os.path.realpath(full)
-                raise ManifestError(f"{row.where}: path '{text}' is a link that leads out of the videos folder, to {real}.")
-            size = os.stat(full).st_size if stat.S_ISLNK(status.st_mode) else status.st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return path.replace(os.sep, "/"), None
-        return path.replace(os.sep, "/"), size
-
-    def _holds(self, real: str) -> bool:
-        return real == self._home or real.startswith(self._home.rstrip(os.sep) + os.sep)
-
-
-class _Listing:
-    """The same for a URL, which is listed once: there are no folders and no links in it."""
-
-    def __init__(self, url: str) -> None:
-        from pipeline.remote import RemoteFolder
-
-        self._sizes = RemoteFolder(url).sizes()
-
-    def paths(self) -> list[str]:
-        return list(self._sizes)
-
-    def find(self, row: Row) -> tuple[str, int | None]:
-        path = _path_of(row)
-        return path, self._sizes.get(path)
-
-
-def _path_of(row: Row) -> str:
-    """The row's path, normalised. Raises ManifestError when it leads out of the videos folder."""
-    text = row.values["path"].strip()
-    path = os.path.normpath(text) if text else ""
-    if not text or os.path.isabs(path) or path.split(os.sep)[0] == "..":
-        raise ManifestError(f"{row.where}: path '{text}' must be relative to the videos folder and stay in it.")
-    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that Python could not read as text
-        raise ManifestError(f"{row.where}: path {text!a} is not a name in UTF-8. Rename the file.")
-    return path
-
-
-def _seconds(row: Row, name: str) -> float | None:
-    text = row.values.get(name, "").strip()
+def _seconds(row: Row, name: str, text: str) -> float | None:
     if not text or text.lower() == "nan":
         return None
     try:
@@ -213,12 +215,6 @@ def _key(path: str, start_s: float | None, end_s: float | None, taken: set[str])
     return unique
 
 
-def _check_labels(sources: Sequence[Source], labels: Path | None) -> None:
-    empty = [source.path for source in sources if not source.label]
-    if empty:
-        raise ManifestError(f"{labels}: {len(empty)} videos have an empty label, first {empty[0]}.")
-
-
 def ordered_classes(labels: set[str]) -> list[str]:
     """Class names in the order of their indices: integers by value, text alphabetically."""
     if all(re.fullmatch(r"\d+", label) for label in labels):
@@ -227,13 +223,20 @@ def ordered_classes(labels: set[str]) -> list[str]:
 
 
 def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_groups: Mapping[str, bool]) -> list[Source]:
-    """Holds out `val_fraction` of each class by whole groups, in the order of a keyed hash; a class of one group is not split.
-
-    Every class of two or more groups has both splits, unless groups are shared between classes in a way that does not allow it.
-    """
+    """Holds out `val_fraction` of each class by whole groups; see `held_out`."""
     members: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         members[source.label][source.group or source.key] += 1
+    held = held_out(members, val_fraction, seed, held_groups)
+    return [replace(source, splits=("val" if held[source.group or source.key] else "train",)) for source in sources]
+
+
+def held_out(members: Mapping[str, Counter[str]], share: float, seed: int, held_groups: Mapping[str, bool]) -> dict[str, bool]:
+    """Group -> whether it is held out: `share` of each class by whole groups, in the order of a keyed hash.
+
+    members: class -> its samples in each group. held_groups: of groups that are decided already. A class of one group is not split;
+    every class of two or more has both parts, unless groups are shared between classes in a way that does not allow it.
+    """
 
     def rank(unit: str) -> bytes:
         return hashlib.blake2b(f"{seed}:{unit}".encode(), digest_size=16).digest()
@@ -241,7 +244,7 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_
     held = dict(held_groups)  # of units already decided: a group may have videos of several classes, and must not be torn apart
     for units in sorted(members.values(), key=lambda units: (len(units), sorted(units))):
         order = sorted(units, key=rank)
-        wanted = val_fraction * sum(units.values())
+        wanted = share * sum(units.values())
         have = sum(units[unit] for unit in order if held.get(unit, False))
         free = [unit for unit in order if unit not in held]
         kept = len(order) > len(free) + sum(held.get(unit, False) for unit in order)  # a decided unit of this class is in train
@@ -249,4 +252,4 @@ def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_
             last = place == len(free) - 1 and not kept
             held[unit] = have < wanted and not last
             have += units[unit] * held[unit]
-    return [replace(source, splits=("val" if held[source.group or source.key] else "train",)) for source in sources]
+    return held

@@ -4,7 +4,8 @@ Videos are untrusted input. `verify_and_transcode` is meant to run in the limite
 what it wrote or raises RejectedError with a reason, which goes to the quarantine list.
 
 The canonical form is H.264 yuv420p in MP4, upright, square pixels, BT.709 limited range, a keyframe every `gop` frames exactly, closed
-GOPs, no audio. Its bytes repeat for equal library versions: one thread, a bit-exact scaler and muxer, no version strings, and x264's
+GOPs, no audio. In the layered form every fourth frame, and the last of each GOP, is a reference, the others refer to these and are
+referred to by none. Its bytes repeat for equal library versions: one thread, a bit-exact scaler and muxer, no version strings, and x264's
 `cpu-independent`, without which AVX-512, AVX2 and plain code give different streams (and AVX-512 not even the same one twice).
 """
 
@@ -26,10 +27,12 @@ from av.video.reformatter import ColorRange
 
 from pipeline.canonical import Timed, resample, within
 from pipeline.errors import PipelineError
+from pipeline.likeness import Likeness
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.picture import CanonicalPicture, Recolour
 from pipeline.quarantine import Reason, RejectedError
-from pipeline.source_video import DEFAULT_RATE, SourceFacts, decode, facts_of, opened, refuse_truncated, timed, video_stream
+from pipeline.source_pictures import are_pictures, read_pictures
+from pipeline.source_video import DEFAULT_RATE, SourceFacts, digest_of, read_video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,7 @@ class MediaReport:
     """The canonical video as written: its frames, counted; its rate; width and height in pixels; size in bytes; and its source.
 
     source_frames: frames decoded within the wanted window; differs from num_frames only when resampled by time.
+    source_digest, content: what `likeness` compares, in hexadecimal digits.
     """
 
     num_frames: int
@@ -47,21 +51,29 @@ class MediaReport:
     size: int
     source_frames: int
     source: SourceFacts
+    source_digest: str
+    content: str
 
 
 def verify_and_transcode(
-    source: Path, destination: Path, encode: EncodeOptions, limits: LimitOptions, start_s: float | None = None, end_s: float | None = None
+    source: Path,
+    destination: Path,
+    encode: EncodeOptions,
+    limits: LimitOptions,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    num_frames: int | None = None,
 ) -> MediaReport:
     """Decodes all of `source` (or the frames in [start_s, end_s) seconds of it) once and writes the canonical form to `destination`.
 
+    source: a video, a picture, or a folder of numbered pictures, of which there must be `num_frames` where that is stated.
+
     Raises RejectedError when the source is damaged or over a limit, OSError when `destination` cannot be written.
     """
-    with opened(source, limits) as container:
-        stream = video_stream(container, limits)
-        facts = facts_of(container, stream, source)
-        refuse_truncated(container, stream, facts.size)
-        rate = Fraction(facts.fps).limit_denominator(1001)
-        decoded = _Counted(within(timed(decode(container, stream, limits), stream, 1 / rate), start_s, end_s))
+    pictured = are_pictures(source)
+    with read_pictures(source, limits, encode.frames_fps, num_frames) if pictured else read_video(source, limits) as reading:
+        rate = Fraction(reading.facts.fps).limit_denominator(1001)
+        decoded = _Counted(within(reading.frames, start_s, end_s))
         frames = iter(decoded)
         if encode.fps != "keep":
             frames = resample(frames, target := Fraction(encode.fps).limit_denominator(1001), limits.max_frames)
@@ -69,25 +81,35 @@ def verify_and_transcode(
         first = next(frames, None)
         if first is None:
             raise RejectedError(Reason.NO_FRAMES)
-        canonical = CanonicalPicture(first.frame, stream, encode.short_side)
-        pictures = (canonical(each.frame) for each in chain([first], frames))
+        canonical = CanonicalPicture(first.frame, reading.aspect, encode.short_side)
+        likeness = Likeness()
+        pictures = (_noted(canonical(each.frame), likeness) for each in chain([first], frames))
         try:
             written = _encode(destination, pictures, (canonical.width, canonical.height), rate, encode)
         except av.error.FFmpegError as error:
             raise _refused(error) from None
-    num_frames = _count_packets(destination)
-    if num_frames != written:
-        raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {num_frames} came out")
+    counted = _count_packets(destination)
+    if counted != written:
+        raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {counted} came out")
     return MediaReport(
-        num_frames=num_frames,
+        num_frames=counted,
         fps=float(rate),
         width=canonical.width,
         height=canonical.height,
         codec="h264",
         size=destination.stat().st_size,
         source_frames=decoded.count,
-        source=facts,
+        source=reading.facts,
+        source_digest=digest_of(reading.files, start_s, end_s).hex(),
+        content=likeness.digest().hex(),
     )
+
+
+def _noted(picture: VideoFrame, likeness: Likeness) -> VideoFrame:
+    """The picture, after `likeness` has seen it."""
+    luma = picture.planes[0]
+    likeness.add(np.frombuffer(memoryview(luma), np.uint8).reshape(luma.height, luma.line_size)[:, : luma.width])
+    return picture
 
 
 def write_video(path: Path, frames: Iterable[npt.NDArray[np.uint8]], fps: float, encode: EncodeOptions) -> int:
@@ -154,7 +176,8 @@ def _configure(context: VideoCodecContext, size: tuple[int, int], rate: Fraction
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 in all three tables
     context.color_range = int(ColorRange.MPEG)
     exact = "scenecut=0:open-gop=0:threads=1:lookahead-threads=1:sync-lookahead=0:cpu-independent=1"
-    context.options = {"preset": encode.preset, "tune": encode.tune, "crf": str(encode.crf), "x264-params": exact}
+    layers = ":bframes=3:b-adapt=0:b-pyramid=none" if encode.form == "layered" else ""
+    context.options = {"preset": encode.preset, "tune": encode.tune, "crf": str(encode.crf), "x264-params": exact + layers}
 
 
 def _encode(path: Path, frames: Iterable[VideoFrame], size: tuple[int, int], rate: Fraction, encode: EncodeOptions) -> int:

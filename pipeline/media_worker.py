@@ -42,10 +42,13 @@ class MediaWorker:
         self._encode, self._limits = encode, limits
         self._child: subprocess.Popen[bytes] | None = None
 
-    def transcode(self, source: Path, destination: Path, start_s: float | None = None, end_s: float | None = None) -> MediaReport:
+    def transcode(
+        self, source: Path, destination: Path, start_s: float | None = None, end_s: float | None = None, num_frames: int | None = None
+    ) -> MediaReport:
         """See `media.verify_and_transcode`, which says what is raised; also PipelineError when the child cannot be kept alive."""
         paths = {"source": str(source.absolute()), "destination": str(destination.absolute())}
-        request = {**paths, "start_s": start_s, "end_s": end_s, "encode": asdict(self._encode), "limits": asdict(self._limits)}
+        wanted = {"start_s": start_s, "end_s": end_s, "num_frames": num_frames}
+        request = {**paths, **wanted, "encode": asdict(self._encode), "limits": asdict(self._limits)}
         for _ in range(ATTEMPTS):
             reply = self._ask(json.dumps(request).encode() + b"\n")
             if reply is not None and not reply.get("killed"):
@@ -216,8 +219,9 @@ def _work(request: dict[str, object], limits: LimitOptions) -> dict[str, object]
     encode = EncodeOptions(**request["encode"])  # type: ignore[arg-type]
     source, destination = Path(str(request["source"])), Path(str(request["destination"]))
     start_s, end_s = (None if request[name] is None else float(str(request[name])) for name in ("start_s", "end_s"))
+    num_frames = None if request["num_frames"] is None else int(str(request["num_frames"]))
     try:
-        return {"report": asdict(verify_and_transcode(source, destination, encode, limits, start_s, end_s))}
+        return {"report": asdict(verify_and_transcode(source, destination, encode, limits, start_s, end_s, num_frames))}
     except RejectedError as rejected:
         starved = rejected.reason in _LOOKS_STARVED and _peak_bytes() > STARVED * resource.getrlimit(resource.RLIMIT_AS)[0]
         return _reject(Reason.OUT_OF_MEMORY if starved else rejected.reason, rejected.detail)

@@ -7,6 +7,7 @@ field, what it got and what it expected.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+BASE_STEP = 4  # frames from one base frame of a layered video to the next
 FORBID_UNKNOWN = {"extra": "forbid"}  # read by pydantic when these dataclasses are sections of a recipe
 
 
@@ -22,8 +23,13 @@ class EncodeOptions:
 
     short_side: pixels of the shorter side at most; smaller sources keep their size. Both sides become multiples of 16.
     fps: "keep" stamps each decodable frame once at the source's nominal rate; a number resamples by time.
-    gop: frames between keyframes; GOPs are closed.
+    gop: frames between keyframes; GOPs are closed. In the layered form a multiple of 4.
     crf, preset, tune: x264's names.
+    frames_fps: rate of videos that come as folders of numbered pictures; null: there are none.
+    max_member_s: a longer video is stored as several items, one after the other, as equal as whole groups of pictures allow, each of
+        at most so many seconds (or one group of pictures) and with the video's label; null: a video is one item however long.
+    form: "plain", or "layered": frames 0, 4, 8, ... refer to none but each other, and no frame refers to the three between. Clips of these
+        base frames alone (`clip.starts`) decode most cheaply; any other frames still decode exactly.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -33,12 +39,20 @@ class EncodeOptions:
     crf: int = 23
     preset: str = "veryfast"
     tune: str = "fastdecode"
+    frames_fps: float | None = None
+    max_member_s: float | None = None
+    form: Literal["plain", "layered"] = "plain"
 
     def __post_init__(self) -> None:
         require(16 <= self.short_side <= 4096, "short_side", self.short_side, "16 to 4096 pixels")
         require(self.fps == "keep" or 0 < float(self.fps) <= 240, "fps", self.fps, "'keep' or a rate in (0, 240]")
         require(1 <= self.gop <= 1024, "gop", self.gop, "1 to 1024 frames")
+        require(self.form == "plain" or self.gop % BASE_STEP == 0, "gop", self.gop, f"a multiple of {BASE_STEP} in the layered form")
         require(0 <= self.crf <= 51, "crf", self.crf, "0 to 51")
+        rate = self.frames_fps
+        require(rate is None or 0.1 <= rate <= 240, "frames_fps", rate, "a rate from 0.1 to 240, or null")
+        longest = self.max_member_s
+        require(longest is None or 1 <= longest <= 86_400, "max_member_s", longest, "1 to 86400 seconds, or null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +85,8 @@ class ClipOptions:
         "segment" cuts the video into T segments and draws one frame of each (evaluation: their middles);
         "uniform" spaces T frames evenly over the whole video, without randomness.
     stride: frames between frames of a dense clip, in source frames. stride_s: the same in seconds, instead of `stride`.
+    starts: "any" frame, or "base": a dense clip consists of base frames of a video built with data.encode.form=layered, which start at
+        multiples of 4. Fewer different clips, each decoded more cheaply. Videos too short for such a clip start anywhere.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
@@ -78,11 +94,15 @@ class ClipOptions:
     sampling: Literal["dense", "segment", "uniform"] = "dense"
     stride: int = 4
     stride_s: float | None = None
+    starts: Literal["any", "base"] = "any"
 
     def __post_init__(self) -> None:
         require(1 <= self.num_frames <= 1024, "num_frames", self.num_frames, "1 to 1024")
         require(1 <= self.stride <= 1024, "stride", self.stride, "1 to 1024 frames")
         require(self.stride_s is None or 0 < self.stride_s <= 60, "stride_s", self.stride_s, "seconds in (0, 60]")
+        on_base = self.sampling == "dense" and self.stride_s is None and self.stride % BASE_STEP == 0
+        expected = f"'any' unless sampling is dense, by a stride in frames that is a multiple of {BASE_STEP}"
+        require(self.starts == "any" or on_base, "starts", self.starts, expected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

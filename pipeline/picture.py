@@ -10,7 +10,6 @@ import numpy.typing as npt
 from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 
 from pipeline.canonical import canonical_size, orientation
 
@@ -28,10 +27,12 @@ _MATRICES = {  # AVColorSpace of a frame -> swscale's matrix; others are treated
 
 
 class CanonicalPicture:
-    """Brings decoded frames to the size, orientation and colours that the first of them decides. width, height: of the result."""
+    """Brings decoded frames to the size, orientation and colours that the first of them decides.
 
-    def __init__(self, first: VideoFrame, stream: VideoStream, short_side: int) -> None:
-        aspect = stream.sample_aspect_ratio or Fraction(1)
+    aspect: of a source pixel, width to height. width, height: of the result.
+    """
+
+    def __init__(self, first: VideoFrame, aspect: Fraction, short_side: int) -> None:
         self._size = canonical_size(first.width, first.height, aspect, short_side)
         matrix = first.side_data.get("DISPLAYMATRIX")
         assert matrix is None or isinstance(matrix, SideData)

@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 MIN_SIDE = 16  # pixels of a side; smaller videos are refused
+MAX_STREAMS = 64  # of video, sound, subtitles and data in one file
 
 
 class Reason(StrEnum):
@@ -13,12 +14,15 @@ class Reason(StrEnum):
     READ_FAILED = "read_failed"
     TOO_MANY_BYTES = "too_many_bytes"
     NOT_A_VIDEO = "not_a_video"
+    TOO_MANY_STREAMS = "too_many_streams"
     NO_VIDEO_STREAM = "no_video_stream"
     UNSUPPORTED_CODEC = "unsupported_codec"
     TOO_SMALL = "too_small"
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_FRAMES = "too_many_frames"
     NO_FRAMES = "no_frames"
+    FRAMES_MISSING = "frames_missing"
+    FRAMES_DIFFER = "frames_differ"
     ENCRYPTED = "encrypted"
     TRUNCATED = "truncated"
     DAMAGED = "damaged"
@@ -39,12 +43,15 @@ _REASON_TEXTS = {
     Reason.READ_FAILED: "the storage failed while it was read; the same build command tries it again",
     Reason.TOO_MANY_BYTES: "the file is larger than limits.max_bytes",
     Reason.NOT_A_VIDEO: "no video container that we open: text, an image list, a playlist, or a damaged header",
+    Reason.TOO_MANY_STREAMS: f"it has more than {MAX_STREAMS} streams of video, sound, subtitles and data",
     Reason.NO_VIDEO_STREAM: "it holds sound or subtitles, but no video",
     Reason.UNSUPPORTED_CODEC: "there is no decoder for its video",
     Reason.TOO_SMALL: f"a side has less than {MIN_SIDE} pixels",
     Reason.TOO_MANY_PIXELS: "a frame has more than limits.max_pixels",
     Reason.TOO_MANY_FRAMES: "it has more frames than limits.max_frames",
     Reason.NO_FRAMES: "not one frame decodes (empty, encrypted, only headers, or nothing in the wanted time window)",
+    Reason.FRAMES_MISSING: "the numbers of a folder's pictures have gaps or doubles, or they are not as many as listed",
+    Reason.FRAMES_DIFFER: "the pictures of a folder have different sizes",
     Reason.ENCRYPTED: "its frames are encrypted (DRM), and there is no key",
     Reason.TRUNCATED: "the file ends before frames that its header lists, as after a broken download",
     Reason.DAMAGED: "the decoder reports damaged data; the detail says at which frame",

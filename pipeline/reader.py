@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
@@ -99,7 +99,7 @@ class RemoteReader:
     def read(self, item: Item) -> bytes:
         """As `Reader.read`; StorageError, which is no damage, when the store cannot be reached for longer than is tried again."""
         _refuse_outside(item.shard_file, self._folder.url)
-        place = f"items/{item.row // 1000:06d}/{item.row}"
+        place = f"items/{PurePosixPath(item.shard_file).stem}/{item.offset}"  # not its row, which is another one in a mixture
         kept = self._cache.get(place)
         if kept is not None:
             if not _fault(kept, item):

@@ -2,6 +2,7 @@
 
 Credentials and endpoints come from the usual environment variables of each store (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, …); nothing of them is kept here. An object appears when its upload is complete, whole or not at all.
+fsspec is imported when the first folder is made: who has paths alone does not wait for it.
 """
 
 import threading
@@ -12,9 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-import fsspec
-from fsspec.asyn import sync
 
 from pipeline.durable import commit, temporary_name
 from pipeline.errors import PipelineError, StorageError
@@ -40,6 +38,9 @@ class RemoteFolder:
         self._fs = _filesystem(url, self._options)
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
 
+    def __str__(self) -> str:
+        return self.url
+
     def read(self, name: str, begin: int, end: int, stop: threading.Event | None = None) -> bytes:
         """The bytes [begin, end) of an object, fewer only where the object ends before.
 
@@ -58,12 +59,19 @@ class RemoteFolder:
     def _ranged(self, name: str, begin: int, end: int) -> bytes:
         path = self._path(name)
         if self._fs.async_impl:
+            from fsspec.asyn import sync
+
             return bytes(sync(self._fs.loop, self._fs._cat_file, path, start=begin, end=end, timeout=self._options.timeout_s))
         return bytes(self._fs.cat_file(path, start=begin, end=end))
 
-    def read_all(self, name: str) -> bytes:
-        """A small object as a whole. Raises as `read`."""
-        return self._tried(lambda: bytes(self._fs.cat_file(self._path(name))), name, "reading it")
+    def read_all(self, name: str, limit: int) -> bytes:
+        """A small object as a whole. Raises as `read`, and StorageError when it has more than `limit` bytes."""
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(self._where(name))
+        if size > limit:
+            raise StorageError(f"{self._where(name)} has {size} bytes, expected at most {limit}.")
+        return self.read(name, 0, size) if size else b""
 
     def fetch(self, name: str, target: Path, size: int) -> None:
         """Copies the first `size` bytes of an object to `target`, which appears whole or not at all. Raises as `read`, and OSError."""
@@ -75,7 +83,7 @@ class RemoteFolder:
                     group = ranges[first : first + PARTS_IN_FLIGHT]
                     for (begin, end), data in zip(group, pool.map(lambda part: self.read(name, *part), group), strict=True):
                         if len(data) != end - begin:
-                            raise StorageError(f"{self.url}/{name} ends at byte {begin + len(data)}, expected {size} or more.")
+                            raise StorageError(f"{self._where(name)} ends at byte {begin + len(data)}, expected {size} or more.")
                         file.write(data)
             commit(temporary, target)
         finally:
@@ -83,12 +91,11 @@ class RemoteFolder:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name -> size in bytes of everything below `prefix`, a folder."""
-        folder = self._path(prefix) if prefix else self._root
-        found = self._tried(lambda: self._fs.find(folder, detail=True), prefix, "listing it")
+        found = self._tried(lambda: self._fs.find(self._path(prefix), detail=True), prefix, "listing it")
         return {name[len(self._root) + 1 :]: int(facts["size"]) for name, facts in found.items()}
 
-    def size(self, name: str) -> int | None:
-        """In bytes; None when there is no such object."""
+    def size(self, name: str = "") -> int | None:
+        """In bytes; None when there is no such object. 0 of a folder, which is there when an object is in it."""
         try:
             return int(self._tried(lambda: self._fs.info(self._path(name))["size"], name, "asking for its size"))
         except FileNotFoundError:
@@ -99,14 +106,15 @@ class RemoteFolder:
         self._tried(lambda: self._fs.put_file(str(file), self._path(name)), name, "uploading it")
         expected, found = file.stat().st_size, self.size(name)
         if found != expected:
-            raise StorageError(f"{self.url}/{name} has {found} bytes after its upload, expected {expected}. Run the same command again.")
+            raise StorageError(f"{self._where(name)} has {found} bytes after its upload, expected {expected}. Run the same command again.")
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes an object unless there is one; whether it did. Stores without conditional writes replace it."""
         try:
             self._tried(lambda: self._fs.pipe_file(self._path(name), data, mode="create"), name, "writing it")
         except FileExistsError:
-            return self.read_all(name) == data  # an attempt whose answer was lost had written it
+            # An attempt whose answer was lost may have written it.
+            return self.size(name) == len(data) and self.read(name, 0, len(data)) == data
         return True
 
     def delete(self, names: Sequence[str]) -> None:
@@ -118,7 +126,10 @@ class RemoteFolder:
                 continue
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}" if name else self._root
+
+    def _where(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
 
     def _tried(self, call: Callable[[], Result], name: str, doing: str, stop: threading.Event | None = None) -> Result:
         stop = stop or threading.Event()
@@ -129,7 +140,7 @@ class RemoteFolder:
             except (FileNotFoundError, FileExistsError):
                 raise
             except PermissionError as error:
-                raise StorageError(f"{self.url}/{name}: {doing} is not allowed ({_text(error)}). {_ADVICE}") from None
+                raise StorageError(f"{self._where(name)}: {doing} is not allowed ({_text(error)}). {_ADVICE}") from None
             except Exception as error:  # each store and HTTP library has a tree of its own
                 if isinstance(error, PipelineError | TypeError | NotImplementedError):
                     raise
@@ -140,7 +151,7 @@ class RemoteFolder:
                 break
         seconds = time.monotonic() - began
         raise StorageError(
-            f"{self.url}/{name}: {doing} failed {attempt + 1} times in {seconds:.1f} s, the last time by {_text(last)}. {_ADVICE}"
+            f"{self._where(name)}: {doing} failed {attempt + 1} times in {seconds:.1f} s, the last time by {_text(last)}. {_ADVICE}"
         ) from None
 
 
@@ -162,6 +173,8 @@ def _pause_s(attempt: int, name: str) -> float:
 
 def _filesystem(url: str, options: RemoteOptions) -> Any:
     """The store's own retries are off: ours count all attempts, with a message at the end."""
+    import fsspec
+
     scheme = url.partition("://")[0]
     settings: dict[str, object] = {"use_listings_cache": False}
     if scheme in ("s3", "s3a"):

@@ -1,10 +1,12 @@
-"""A long canonical video as overlapping short ones, its packets copied: a window of it is then read without reading the whole.
+"""A long canonical video as short ones, its packets copied: overlapping ones, of which any window is read without reading the whole,
+or ones that follow each other, which together are the video.
 
 Every group of pictures is closed and starts at a keyframe, so a cut there changes no pixel.
 """
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +28,32 @@ def cut(source: Path, destination: Path, num_groups: int) -> Iterator[Path]:
         for packets in _overlapping(_groups(container.demux(stream)), num_groups):
             _write(destination, stream, packets)
             yield destination
+
+
+def even_windows(num_groups: int, max_groups: int) -> list[int]:
+    """The fewest windows of at most `max_groups` groups that hold `num_groups`, as their sizes, which differ by one at most.
+
+    The larger ones come last: the video's last group may be a short one.
+    """
+    count = max(1, -(-num_groups // max_groups))
+    return [num_groups // count + (number >= count - num_groups % count) for number in range(count)]
+
+
+def cut_evenly(source: Path, destination: Path, max_groups: int) -> Iterator[int]:
+    """Writes window i to `destination` and yields its number of frames, for i = 0, 1, ...; the next one overwrites it.
+
+    The windows follow each other and hold every frame exactly once; each has at most `max_groups` groups of pictures, at least 1, and
+    they are as equal as whole groups allow. source: a canonical video. Raises OSError where a window cannot be written.
+    """
+    with av.open(str(source), "r") as container:
+        num_groups = sum(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
+    with av.open(str(source), "r") as container:
+        stream = container.streams.video[0]
+        groups = _groups(container.demux(stream))
+        for size in even_windows(num_groups, max_groups):
+            packets = [packet for group in islice(groups, size) for packet in group]
+            _write(destination, stream, packets)
+            yield len(packets)
 
 
 def _groups(packets: Iterator[VideoPacket]) -> Iterator[list[VideoPacket]]:
@@ -55,7 +83,7 @@ def _overlapping(groups: Iterator[list[VideoPacket]], num_groups: int) -> Iterat
 def _write(path: Path, stream: VideoStream, packets: list[VideoPacket]) -> None:
     base = stream.time_base or Fraction(1, 90_000)
     origin = packets[0].pts or 0  # of a keyframe, which is the first one shown
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
         copy = container.add_stream_from_template(stream)
         for packet in packets:
             ours = Packet(bytes(packet))  # the other segment that has it needs the original's times

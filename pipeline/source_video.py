@@ -5,7 +5,7 @@ Videos are untrusted input: local files only, of formats that refer to no other 
 
 import errno
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,8 +18,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipeline.canonical import Timed
+from pipeline.likeness import joined_digest, source_digest
 from pipeline.options import LimitOptions
-from pipeline.quarantine import MIN_SIDE, Reason, RejectedError
+from pipeline.quarantine import MAX_STREAMS, MIN_SIDE, Reason, RejectedError
 
 DEFAULT_RATE = Fraction(25)
 RATES = (Fraction(1, 10), Fraction(1000))  # a stated rate outside is not believed
@@ -46,6 +47,28 @@ class SourceFacts:
     header_frames: int
     duration_s: float
     size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A source being decoded. files: all of it. aspect: of a pixel, width to height. frames: in order, with their times from 0."""
+
+    files: Sequence[Path]
+    facts: SourceFacts
+    aspect: Fraction
+    frames: Iterator[Timed[VideoFrame]]
+
+
+@contextmanager
+def read_video(path: Path, limits: LimitOptions) -> Iterator[Reading]:
+    """A video file, to decode within the block. Raises RejectedError, also while frames are taken."""
+    with opened(path, limits) as container:
+        stream = video_stream(container, limits)
+        facts = facts_of(container, stream, path)
+        refuse_truncated(container, stream, facts.size)
+        period = 1 / Fraction(facts.fps).limit_denominator(1001)
+        frames = timed(decode(container, stream, limits), stream, period)
+        yield Reading(files=[path], facts=facts, aspect=stream.sample_aspect_ratio or Fraction(1), frames=frames)
 
 
 def probe(path: Path, limits: LimitOptions) -> SourceFacts:
@@ -85,12 +108,27 @@ class _File:
         self._file.close()
 
 
+def digest_of(files: Sequence[Path], start_s: float | None, end_s: float | None) -> bytes:
+    """`likeness.source_digest` of a video, or of the frames of a folder. Raises RejectedError when one of them cannot be read."""
+    digests = []
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                digests.append(source_digest(file, start_s, end_s))
+    except OSError as error:
+        raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
+    return joined_digest(digests)
+
+
 @contextmanager
-def opened(path: Path, limits: LimitOptions) -> Iterator[InputContainer]:
-    """The container of a video, to use within the block. Raises RejectedError, also when a read within the block failed."""
+def opened(path: Path, limits: LimitOptions, format: str | None = None) -> Iterator[InputContainer]:
+    """The container of a video, to use within the block. format: FFmpeg's name where it is known, None: any of FORMATS.
+
+    Raises RejectedError, also when a read within the block failed.
+    """
     file = _open_file(path, limits)
     try:
-        with _open_container(file, limits) as container:
+        with _open_container(file, limits, format) as container:
             yield container
     except Exception:
         if file.error is None:  # otherwise it is no more than what a failed read led to
@@ -117,11 +155,11 @@ def _open_file(path: Path, limits: LimitOptions) -> _File:
         raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
 
 
-def _open_container(file: _File, limits: LimitOptions) -> InputContainer:
+def _open_container(file: _File, limits: LimitOptions, format: str | None) -> InputContainer:
     try:
-        safe = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        safe = {"protocol_whitelist": "file", "format_whitelist": format or FORMATS}
         codec = {"max_pixels": str(limits.max_pixels), "threads": "1"}
-        return av.open(file, "r", container_options=safe, options=codec, metadata_errors="replace", buffer_size=BUFFER_BYTES)
+        return av.open(file, "r", format=format, container_options=safe, options=codec, metadata_errors="replace", buffer_size=BUFFER_BYTES)
     except (av.error.MemoryError, MemoryError):
         raise RejectedError(Reason.OUT_OF_MEMORY, "while reading its header") from None
     except av.error.FFmpegError as error:
@@ -130,6 +168,8 @@ def _open_container(file: _File, limits: LimitOptions) -> InputContainer:
 
 def video_stream(container: InputContainer, limits: LimitOptions) -> VideoStream:
     """The first video stream that is no cover picture, ready to decode on one thread; all other streams are skipped."""
+    if len(container.streams) > MAX_STREAMS:  # FFmpeg itself stops at 1000, as out of memory
+        raise RejectedError(Reason.TOO_MANY_STREAMS, f"{len(container.streams)} streams")
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:

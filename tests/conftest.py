@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: two test processes share the cores
+
 # A shell's background job ignores Ctrl-C, and so do its children: the tests that send it to theirs must not begin like that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,7 @@ import pytest
 from jobs import recipe_reference, synthesize
 from pipeline.remote import RemoteFolder
 from tests.pipeline.s3 import s3_server
+from tests.pipeline.test_pictures import numbered_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["tutorial.md", "howto/own-data.md", "howto/fine-tuning.md", "howto/report.md", "howto/kinetics.md", "howto/something-something.md"]
@@ -43,15 +44,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = list(csv.DictReader(file))[:-1]  # the last one is broken
     copy(videos / rows[0]["path"], home / "new.mp4")
     copy(videos / rows[1]["path"], home / "more" / "left" / "another.mp4")
-    lists: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
+    official: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
+    something: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    keys = [row["path"].removesuffix(".mp4") for row in rows]
+    (home / "bad.txt").write_text(f"{keys[0]}\n")
+    write_labels(home / "corrected.csv", [{"key": keys[1], "label": rows[2]["label"]}])
     for number, row in enumerate(rows):
         name = f"abcdefgh{number:03d}"
         copy(videos / row["path"], home / "kinetics" / "videos" / row["label"] / f"{name}_000010_000020.mp4")
         copy(videos / row["path"], home / "ssv2" / "videos" / f"{number}.webm")
-        lists[row["split"]].append({"label": row["label"], "youtube_id": name, "id": str(number), "template": f"Moving [{row['label']}]"})
-    for split, clips in lists.items():
+        times = {"time_start": "10", "time_end": "20"}
+        official[row["split"]].append({"label": row["label"], "youtube_id": name, **times, "split": row["split"]})
+        something["validation" if row["split"] == "val" else "train"].append({"id": str(number), "template": f"Moving [{row['label']}]"})
+        lines[row["split"]].append(f"{row['path']} {len(row['label'])}")
+    official["val"].append({"label": "left", "youtube_id": "gone_gone_1", "time_start": "0", "time_end": "10", "split": "val"})
+    for name in ("left/a", "left/b", "right/c"):
+        numbered_folder(home / "frames" / name, range(1, 13))
+    for split, clips in official.items():
         write_labels(home / "kinetics" / f"{split}.csv", clips)
-        (home / "ssv2" / f"{'validation' if split == 'val' else split}.json").write_text(json.dumps(clips))
+    for split, entries in something.items():
+        (home / "ssv2" / f"{split}.json").write_text(json.dumps(entries))
+    templates = sorted({entry["template"].translate({91: None, 93: None}) for entries in something.values() for entry in entries})
+    (home / "ssv2" / "labels.json").write_text(json.dumps({template: str(number) for number, template in enumerate(templates)}))
+    for split, name in (("train", "list-a.txt"), ("val", "list-b.txt")):
+        (home / name).write_text("\n".join(lines[split]) + "\n")
     return home
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"torch", "nvidia", "ray", "deepspeed", "webdataset", "av"}
+HEAVY = {"torch", "nvidia", "ray", "deepspeed", "webdataset", "av", "fsspec"}
 PURE = [
     "pipeline.errors",
     "pipeline.options",
     "pipeline.labels",
+    "pipeline.label_file",
+    "pipeline.downloads",
+    "pipeline.frame_folder",
+    "pipeline.tar_source",
     "pipeline.manifest",
     "pipeline.index",
     "pipeline.order",
@@ -23,7 +27,12 @@ PURE = [
     "pipeline.canonical",
     "pipeline.durable",
     "pipeline.location",
+    "pipeline.remote",
+    "pipeline.folder",
     "pipeline.cache",
+    "pipeline.overlay",
+    "pipeline.video_folder",
+    "pipeline.source_files",
     "cluster.errors",
     "cluster.options",
     "cluster.topology",

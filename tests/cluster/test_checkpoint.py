@@ -290,3 +290,34 @@ def test_a_kill_at_every_file_operation_of_a_save_leaves_a_whole_checkpoint(memo
     assert outcomes == sorted(outcomes)  # one instant before which it is absent and after which it is whole
     assert len(outcomes) > 30
     assert outcomes[0] == 2
+
+
+def test_newest_every_kth_and_best_stay(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, keep_every=4)
+    for step, worth in ((2, 0.5), (4, 0.1), (6, 0.9), (8, 0.2), (10, None), (12, 0.3), (14, None)):
+        store.save(step, {"a": np.zeros(3, np.float32)}, {}, fence=lambda: None)
+        if worth is not None:
+            store.judge(store.manifests()[0], [worth, -1.0], {"note": "x"}, fence=lambda: None)
+    assert [found.step for found in store.manifests()] == [14, 12, 8, 6, 4]
+    best = store.best()
+    assert best is not None
+    assert (best.step, best.judgement()) == (6, {"format": 1, "score": [0.9, -1.0], "note": "x"})
+    store.save(16, {"a": np.zeros(3, np.float32)}, {}, fence=lambda: None)
+    store.judge(store.manifests()[0], [0.95, 0.0], {}, fence=lambda: None)
+    assert 6 in [found.step for found in store.manifests()]  # the old best stays until the new one stands and something is saved again
+    store.save(18, {"a": np.zeros(3, np.float32)}, {}, fence=lambda: None)
+    assert [found.step for found in store.manifests()] == [18, 16, 12, 8, 4]
+
+
+def test_of_equal_scores_the_first_is_best_and_a_torn_score_is_none(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        store.save(step, {"a": np.zeros(3, np.float32)}, {}, fence=lambda: None)
+        store.judge(store.manifests()[0], [0.5], {}, fence=lambda: None)
+    best = store.best()
+    assert best is not None
+    assert best.step == 1
+    (best.path / "score.json").write_text('{"format": 1, "sco')
+    second = store.best()
+    assert second is not None
+    assert second.step == 2

@@ -5,12 +5,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training
 from torch import nn
 
@@ -20,19 +18,13 @@ from cluster.errors import CheckpointError, ClusterError
 from cluster.launch import launch
 from cluster.options import EngineOptions, LaunchOptions, OptimizerOptions
 from cluster.schedule import learning_rate
-from cluster.topology import Worker
 
-ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
+ALONE = toy_training.ALONE
 A = toy_training.NUM_MICRO_BATCHES
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # DeepSpeed's own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),  # DeepSpeed's own
+]
 
 
 def batches(step: int) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:

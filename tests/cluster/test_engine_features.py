@@ -2,14 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import toy_training as toy
 from safetensors.numpy import load_file
 from torch import nn
@@ -21,19 +19,13 @@ from cluster.guard import MEMORY, Guard
 from cluster.launch import launch
 from cluster.options import EngineOptions, LaunchOptions, OptimizerOptions
 from cluster.schedule import average_decay, learning_rate
-from cluster.topology import Worker
 
-ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
+ALONE = toy.ALONE
 A = toy.NUM_MICRO_BATCHES
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # DeepSpeed's own
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),  # DeepSpeed's own
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """Promise 3's arithmetic: every micro-batch belongs to exactly one rank, whatever the world size."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import TopologyError
-from cluster.topology import check_world_size, largest_world_size, micro_batches_of, num_micro_batches, world_sizes
+from cluster.errors import LaunchError, TopologyError
+from cluster.options import LaunchOptions
+from cluster.topology import check_world_size, fit_workers, largest_world_size, micro_batches_of, num_micro_batches, world_sizes
 
 
 @given(st.integers(1, 600))
@@ -41,3 +44,27 @@ def test_refusals_name_the_recipe_key_and_what_would_do() -> None:
         largest_world_size(8, 0)
     with pytest.raises(TopologyError, match="Rank 2"):
         micro_batches_of(2, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "expected"),
+    [
+        ({"workers": "auto"}, [(4, 0)], (4, 1.0)),
+        ({"workers": "auto", "cpus_per_worker": 2}, [(3, 0), (3, 0)], (2, 2.0)),  # not 3: no node has room for a second one
+        ({"workers": "auto"}, [(1, 4), (1, 4)], (8, 0.25)),  # GPUs count, CPUs are shared
+        ({"workers": "auto", "cpus_per_worker": 2}, [(4, 8)], (2, 2.0)),
+        ({"workers": 4}, [(1, 0), (1, 0)], (4, 0.5)),
+        ({"workers": 2}, [(8, 0), (8, 0)], (2, 1.0)),
+    ],
+)
+def test_workers_fit_node_by_node(options: dict[str, Any], nodes: list[tuple[float, int]], expected: tuple[int, float]) -> None:
+    assert fit_workers(8, LaunchOptions(**options), nodes) == expected
+
+
+def test_workers_that_fit_the_sum_but_no_node_are_refused() -> None:
+    with pytest.raises(
+        LaunchError, match=r"launch\.workers=2 with 2 CPUs each do not fit the Ray cluster, which has 3 CPUs and 0 GPUs on 3 nodes"
+    ):
+        fit_workers(8, LaunchOptions(workers=2, cpus_per_worker=2), [(1, 0)] * 3)
+    with pytest.raises(LaunchError, match=r"launch\.workers=4 .* 2 GPUs"):
+        fit_workers(8, LaunchOptions(workers=4), [(16, 2)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import lease
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import CheckpointStore, model_state
 from cluster.engine import Engine
 from cluster.errors import ClusterError
 from cluster.metrics import MetricsWriter
@@ -20,6 +20,7 @@ from cluster.options import EngineOptions, OptimizerOptions
 from cluster.topology import Worker, micro_batches_of
 from cluster.worker import agree, heartbeat
 
+ALONE = Worker(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, attempt=1)
 NUM_MICRO_BATCHES = 4
 RESTORE = -1  # a misfortune's step: while the state is being restored
 OPTIMIZER = OptimizerOptions(lr=1e-2, warmup=0.2, clip_grad=1.0)
@@ -226,3 +227,60 @@ def features(payload: Mapping[str, object], worker: Worker) -> None:
         told.write_text(json.dumps(result["told"]), encoding="utf-8")
         if worker.rank == 0:
             write_safetensors(Path(str(payload["result"])) / f"state-{name}.safetensors", result["state"])  # type: ignore[arg-type]
+
+
+ELASTIC = OptimizerOptions(lr=5e-3, warmup=0.2, clip_grad=0.5, schedule="wsd", cooldown=0.5, ema=0.9)
+ELASTIC_MICRO_BATCHES, ELASTIC_STEPS = 6, 24
+
+
+def elastic_engine(worker: Worker, zero: int) -> Engine:
+    return Engine(
+        build_model(),
+        optimizer=ELASTIC,
+        options=EngineOptions(precision="fp32", zero_stage=zero),  # type: ignore[arg-type]
+        total_steps=ELASTIC_STEPS,
+        num_micro_batches=ELASTIC_MICRO_BATCHES,
+        worker=worker,
+        rate_scales=RATE_SCALES,
+        seed=11,
+    )
+
+
+def elastic(payload: Mapping[str, object], worker: Worker) -> None:
+    """Goes on from the newest checkpoint to step `until` at stage `zero` and saves; what it restores must come out of it to the bit."""
+    run_dir, until, zero = Path(str(payload["run_dir"])), int(str(payload["until"])), int(str(payload["zero"]))
+    store = CheckpointStore(run_dir / "checkpoints", keep=9)
+    found = next(iter(store.manifests()), None)
+    engine = elastic_engine(worker, zero)
+    if found:
+        tensors = found.load()
+        engine.restore(tensors)
+        state = engine.state()
+        different = [name for name in state if state[name].tobytes() != tensors[name].tobytes()]
+        if different or (worker.rank == 0 and state.keys() != tensors.keys()):
+            raise ClusterError(f"restored otherwise: {different}")
+        copy, expected = build_model(), model_state(tensors)
+        engine.copy_weights(copy)  # on every rank what evaluation sees
+        if not all(torch.equal(value, torch.from_numpy(expected[name])) for name, value in copy.state_dict().items()):
+            raise ClusterError("copied otherwise")
+    mine = micro_batches_of(worker.rank, worker.world_size, ELASTIC_MICRO_BATCHES)
+    with MetricsWriter(run_dir / "metrics.jsonl", worker.attempt) as metrics:
+        for step in range(found.step if found else 0, until):
+            result = engine.train_step(step, ((micro, batch(step, micro)) for micro in mine), loss)
+            if worker.rank == 0:
+                metrics.write("step", step=step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr, size=worker.world_size)
+    tensors = engine.state()
+    if worker.rank == 0:
+        store.save(until, tensors, {}, fence=partial(lease.check, run_dir, worker.attempt))
+
+
+def elastic_next(payload: Mapping[str, object], worker: Worker) -> None:
+    """From each checkpoint of a run one step, alone and at stage 0; writes the norms of their gradients."""
+    norms = {}
+    for found in CheckpointStore(Path(str(payload["run_dir"])) / "checkpoints", keep=9).manifests():
+        if found.step < ELASTIC_STEPS:
+            engine = elastic_engine(worker, 0)
+            engine.restore(found.load())
+            batches = [(micro, batch(found.step, micro)) for micro in range(ELASTIC_MICRO_BATCHES)]
+            norms[found.step] = engine.train_step(found.step, batches, loss).grad_norm
+    Path(str(payload["result"])).write_text(json.dumps(norms), encoding="utf-8")

@@ -83,7 +83,7 @@ def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 130, words
-    assert time.monotonic() - began < 10  # probes that hang would have their 60 seconds
+    assert time.monotonic() - began < 30  # probes that hang would have their 60 seconds
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)
 

@@ -11,14 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from jobs import build, info, validate
-from jobs.recipe import load_recipe, parse_overrides
-from jobs.run_folder import open_dataset
+from jobs import amend, append, build, coverage, info, leaks, validate
+from jobs.cli import posmlp
+from jobs.errors import JobError
+from jobs.recipe import load_recipe, parse_overrides, parse_recipe
+from jobs.run_folder import identity, open_dataset
+from jobs.train_data import open_checked_data, open_worker_data
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
+from pipeline.overlay import Kind
 from pipeline.remote import RemoteFolder
 from tests.jobs.soak_train import Run
+from tests.pipeline.numbered import Video, write_dataset
 from tests.pipeline.s3 import CALM, FAULTS, Proxy, Weather, s3_server
 
 SECRET = b"secret-of-the-test"
@@ -72,7 +78,7 @@ def test_a_killed_build_ends_byte_identical(built: str, motion_dataset: Path) ->
     del local[".build.lock"]
     assert folder.sizes().keys() == local.keys()
     for name, path in local.items():
-        assert folder.read_all(name) == path.read_bytes(), name
+        assert folder.read_all(name, 1 << 30) == path.read_bytes(), name
         assert SECRET not in path.read_bytes()
 
 
@@ -92,6 +98,9 @@ def test_it_is_seen_and_validated_where_it_is(built: str, motion_dataset: Path) 
     card = info.run(built)
     assert {**card, "folder": "", "quarantine_list": ""} == {**info.run(motion_dataset), "folder": "", "quarantine_list": ""}
     assert validate.run(built) == []
+    assert leaks.run(built) == leaks.run(motion_dataset)
+    labels = motion_dataset.parent / "videos" / "labels.csv"
+    assert {**coverage.run("s3://bucket/videos", labels), "folder": ""} == {**coverage.run(labels.parent, labels), "folder": ""}
 
 
 def test_validation_finds_damage_in_the_store(motion_dataset: Path, proxy: Proxy, tmp_path: Path) -> None:
@@ -114,14 +123,70 @@ def test_validation_finds_damage_in_the_store(motion_dataset: Path, proxy: Proxy
         open_dataset(parse_overrides({"data": {"dir": "s3://bucket/damaged"}}, []), "train")
 
 
+def small(root: Path, first: int = 0) -> Dataset:
+    return write_dataset(root, [Video(data=bytes([first + row]) * 100, num_frames=1) for row in range(6)])
+
+
+def uploaded(root: Path, url: str) -> str:
+    folder = RemoteFolder(url)
+    for path in root.rglob("*.*"):
+        folder.upload(path, path.relative_to(root).as_posix())
+    return url
+
+
+def test_items_are_left_out_and_relabelled_at_the_url(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk: the same files, fingerprint and split; taken back, the dataset is as it was built."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    built = small(tmp_path / "dataset")
+    url = uploaded(built.root, "s3://bucket/amended")
+    for place in (built.root, url):
+        amend.exclude(place, ["video-2", "video-3"], "blurred")
+        amend.relabel(place, {"video-4": "c"})
+    here, there = Dataset.open(built.root), Dataset.open(url)
+    assert here.info.fingerprint == there.info.fingerprint != built.info.fingerprint
+    assert [str(each) for each in there.overlay.files] == [str(each) for each in here.overlay.files]
+    assert there.rows("split", "train").tolist() == [0, 1, 4, 5]
+    assert there.item(4).label == 2
+    with pytest.raises(DatasetError, match="s3://bucket/amended has no item 'nobody'"):
+        amend.exclude(url, ["nobody"])
+    undone = CliRunner().invoke(posmlp, ["data", "exclude", url, "--undo"])
+    assert re.match(r"s3://bucket/amended: 2 items taken back \(overlays/000001-exclude-\w+\.arrow\); 6 items now", undone.output)
+    amend.undo(url, Kind.RELABEL)
+    assert Dataset.open(url).info.fingerprint == built.info.fingerprint
+    with pytest.raises(JobError, match="has no exclude to take back"):
+        amend.undo(url, Kind.EXCLUDE)
+
+
+def test_what_a_recipe_mixes_may_lie_there(proxy: Proxy, tmp_path: Path) -> None:
+    first, second = small(tmp_path / "first"), small(tmp_path / "second", 100)
+    url, cache = uploaded(second.root, "s3://bucket/second"), f"loader.remote.cache_dir={tmp_path / 'cache'}"
+    here, there = (
+        parse_overrides({"data": {"dir": str(first.root), "mix": [{"dir": str(place)}]}}, [cache]) for place in (second.root, url)
+    )
+    found = open_checked_data(there)
+    assert found.fingerprints == open_checked_data(here).fingerprints
+    assert identity(there, found.dataset) == identity(here, found.dataset)
+    assert [rows.tolist() for rows in found.rows] == [list(range(6)), list(range(6, 12))]
+    assert found.source.item(7).key == "second:video-1"
+    sent = parse_recipe(there.model_dump(mode="json"), where="the run's recipe")
+    assert open_worker_data(sent, found.fingerprints).fingerprints == found.fingerprints
+    with pytest.raises(DatasetError, match="s3://bucket/second was changed while"):
+        open_worker_data(sent, [found.fingerprints[0], "another"])
+
+
+def test_appending_at_a_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"s3://bucket/dataset cannot be appended to at its URL\. Append to a copy"):
+        append.run(videos=tmp_path, labels=None, out="s3://bucket/dataset")
+
+
 def test_training_from_the_store_is_training_from_the_disk(built: str, motion_dataset: Path, proxy: Proxy, tmp_path: Path) -> None:
     """Two ranks share the cache: keys, frames, crops, tensors and losses are those of the local dataset."""
-    small = ["train.steps=6", f"loader.remote.cache_dir={tmp_path / 'cache'}", "loader.remote.retries=12", "loader.slow_read_s=0.05"]
-    local = Run(tmp_path / "local", motion_dataset, *small)
+    settings = ["train.steps=6", f"loader.remote.cache_dir={tmp_path / 'cache'}", "loader.remote.retries=12", "loader.slow_read_s=0.05"]
+    local = Run(tmp_path / "local", motion_dataset, *settings)
     local.finish()
     proxy.weather = weather = Weather({"error": 0.1, "reset": 0.05, "cut": 0.1, "lie": 0.1, "flip": 0.05}, slow=0.2, slow_s=0.4)
     weather.only = "shards/"
-    remote = Run(tmp_path / "remote", built, *small)  # type: ignore[arg-type]
+    remote = Run(tmp_path / "remote", built, *settings)  # type: ignore[arg-type]
     remote.finish()
     proxy.weather = CALM
     assert sum(weather.seen[kind] for kind in FAULTS) >= 5

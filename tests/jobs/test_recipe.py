@@ -26,6 +26,11 @@ WRONG = [  # recipe, what the message must contain
     ("- a\n- b\n", ["expected sections"]),
     ("a: [1\n", ["not valid YAML", "line"]),
     ("version: 2\n", ["version", "got 2"]),
+    ("run:\n  dir: s3://bucket/run\n", ["run.dir", "line 2", "got a URL, expected a path of this machine", "data.dir"]),
+    ("data: {labels: s3://bucket/labels.csv}\n", ["data.labels", "got a URL, expected a path of this machine"]),
+    ("data: {labels: {train: s3://bucket/labels.csv}}\n", ["data.labels", "got a URL, expected a path of this machine"]),
+    ("train: {init_from: s3://bucket/run}\n", ["train.init_from", "got a URL, expected a path of this machine"]),
+    ("data: {mix: [{dir: 's3://b/x?a=1'}]}\n", ["data.mix.0.dir", "credentials come from the environment"]),
     ("x: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),  # nothing in a recipe runs code
 ]
 
@@ -36,6 +41,23 @@ def test_wrong_recipes_are_explained(tmp_path: Path, text: str, parts: list[str]
         load_recipe(write(tmp_path, text))
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["data.dir", "data.videos", "data.labels", "run.dir"])
+def test_what_a_url_must_not_hold_is_not_shown(key: str) -> None:
+    with pytest.raises(RecipeError, match=r"without user, password.*credentials come from the environment") as caught:
+        load_recipe("weizmann", [f"{key}=s3://name:secret@bucket/x"])
+    assert "secret" not in str(caught.value)
+
+
+def test_urls_stay_urls(tmp_path: Path) -> None:
+    given = ["data.dir=S3://bucket/d/", "data.videos=file:///videos", "data.mix=[{dir: gs://bucket/more}, {dir: more}]", "run.dir=out"]
+    recipe = load_recipe("weizmann", given)
+    saved = tmp_path / "resolved.yaml"
+    saved.write_text(recipe.to_yaml())
+    for each in (recipe, load_recipe(str(saved))):
+        assert (each.dataset_dir, each.data.videos) == ("s3://bucket/d", Path("/videos"))
+        assert [mixed.dir for mixed in each.data.mix] == ["gs://bucket/more", Path.cwd() / "more"]
 
 
 def test_all_problems_are_named_at_once(tmp_path: Path) -> None:

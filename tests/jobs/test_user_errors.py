@@ -143,7 +143,7 @@ LABELS = {
     "ragged labels": (lambda world: world.build_labels("path,label\na/1.mp4,x,1\n"), r"line 2 has 3 fields, the header 2.*Expected CSV"),
     "empty labels": (lambda world: world.build_labels(""), r"lacks the column label and path; it has none"),
     "only a header": (lambda world: world.build_labels("path,label\n"), r"holds no video named by .*labels\.csv"),
-    "no class named": (lambda world: world.build_labels("path,label\na/1.mp4,\n"), r"1 videos have an empty label, first a/1\.mp4"),
+    "no class named": (lambda world: world.build_labels("path,label\na/1.mp4,\n"), r"labels\.csv, line 2: a/1\.mp4 has an empty label"),
     "empty class folder": (
         lambda world: [(world.videos / "c").mkdir(), world.build()][1],  # type: ignore[func-returns-value]
         r"videos/c holds no video.*put videos into it, remove it, or give a label file",

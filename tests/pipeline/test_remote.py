@@ -10,15 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
+import pyarrow as pa
 import pytest
 import s3fs
 
+from pipeline import duplicates, overlay
 from pipeline.cache import CacheFolder
+from pipeline.durable import sha256_of
 from pipeline.errors import ChecksumError, DatasetError, PipelineError, SampleError, StorageError
 from pipeline.index import Dataset, Item, read_info
 from pipeline.loader import Batch, Loader
 from pipeline.location import location
+from pipeline.mixture import Mixture
 from pipeline.options import AugmentOptions, ClipOptions, LoaderOptions, RemoteOptions
+from pipeline.overlay import Kind
 from pipeline.reader import RemoteReader, open_reader
 from pipeline.remote import RemoteFolder
 from pipeline.requests import train_requests
@@ -71,11 +77,10 @@ def options(tmp_path: Path, **change: object) -> RemoteOptions:
     return RemoteOptions(**{**values, **change})
 
 
-def stream(dataset: Dataset, remote: RemoteOptions) -> list[tuple[object, ...]]:
-    rows = dataset.rows("split", "train")
-    requests = train_requests(
-        dataset, rows, seed=5, global_batch=8, micro_batch=4, rank=0, world_size=1, start_step=0, end_step=4, clip=CLIP, augment=AUGMENT
-    )
+def stream(dataset: Dataset | Mixture, remote: RemoteOptions) -> list[tuple[object, ...]]:
+    rows = [dataset.rows("split", "train")] if isinstance(dataset, Dataset) else [dataset.rows(part, "split", "train") for part in (0, 1)]
+    sizes = {"global_batch": 8, "micro_batch": 4, "rank": 0, "world_size": 1, "start_step": 0, "end_step": 4}
+    requests = train_requests(dataset, rows, weights=[2, 1][: len(rows)], seed=5, **sizes, clip=CLIP, augment=AUGMENT)
     loading = LoaderOptions(prefetch_mib=64, remote=remote)
     with Loader(dataset, requests, micro_batch=4, clip=CLIP, augment=AUGMENT, options=loading, threads=2, on_damage="substitute") as loader:
         return [digest(batch) for batch in loader]
@@ -87,7 +92,10 @@ def digest(batch: Batch) -> tuple[object, ...]:
 
 
 def kept(dataset: Dataset) -> dict[int, bytes]:
-    return {int(path.name): path.read_bytes() for path in dataset.root.glob("items/*/*")}
+    """Row -> what the cache has of it."""
+    items = [dataset.item(row) for row in range(len(dataset))]
+    rows = {(Path(item.shard_file).stem, str(item.offset)): item.row for item in items}
+    return {rows[path.parent.name, path.name]: path.read_bytes() for path in dataset.root.glob("items/*/*")}
 
 
 def test_the_stream_in_bad_weather_is_the_local_one(proxy: Proxy, videos: Dataset, tmp_path: Path) -> None:
@@ -112,7 +120,7 @@ def test_the_stream_in_bad_weather_is_the_local_one(proxy: Proxy, videos: Datase
 
 def test_what_is_corrupt_in_the_cache_is_fetched_again(proxy: Proxy, videos: Dataset, tmp_path: Path) -> None:
     dataset = Dataset.open("s3://bucket/videos", options(tmp_path))
-    path = dataset.root / "items" / "000000" / "3"
+    path = dataset.root / "items" / "000000" / str(dataset.item(3).offset)
     with open_reader(dataset) as reader:
         good = reader.read(dataset.item(3))
         for bad in (b"", good[:100], good[:-1] + b"\0", good + b"\0"):
@@ -179,7 +187,10 @@ def test_the_index_is_fetched_once_and_never_half(proxy: Proxy, plain: Dataset, 
     for thread in threads:
         thread.join()
     assert len(opened) == 4
-    assert weather.seen["GET"] == 4 + 1  # dataset.json each, the index once
+    first = weather.seen["GET"]
+    for _ in range(4):
+        Dataset.open(url, remote)
+    assert weather.seen["GET"] - first == first - 1  # dataset.json and a listing each, the index once
     index = opened[0].root / "index.arrow"
     index.write_bytes(index.read_bytes()[:-1])  # as no version of ours leaves it
     assert len(Dataset.open(url, remote)) == 12
@@ -192,6 +203,68 @@ def test_the_index_is_fetched_once_and_never_half(proxy: Proxy, plain: Dataset, 
     with pytest.raises(DatasetError, match="not the index of its"):
         Dataset.open(url, options(tmp_path / "third"))
     assert not list((tmp_path / "third").rglob("*.arrow"))
+
+
+def test_overlays_at_a_url_are_applied(proxy: Proxy, plain: Dataset, tmp_path: Path) -> None:
+    """Also where some of their bytes came wrong; what is wrong in the store is refused."""
+    rows, labels = np.array([2, 7], dtype=np.uint32), np.array([0, 0], dtype=np.int32)
+    keys = plain.table.column("key").take(rows).combine_chunks()
+    overlay.write_file(plain.folder, Kind.RELABEL, 2, rows, keys, labels, "")
+    overlay.write_file(plain.folder, Kind.EXCLUDE, 1, rows[:1], keys[:1], None, "blurred")
+    local, url = Dataset.open(plain.root), copy(plain.root, "s3://bucket/overlays")
+    proxy.weather = weather = Weather({}, only="/overlays/0")
+    weather.deck = ["flip", ""] * 3  # each other request, from the end
+    weather.deck.reverse()
+    opened = [Dataset.open(url, options(tmp_path)) for _ in range(3)]
+    assert weather.seen["flip"] == 3
+    for dataset in opened:
+        assert dataset.info.fingerprint == local.info.fingerprint != plain.info.fingerprint
+        assert dataset.rows("split", "train").tolist() == [row for row in range(12) if row != 2]
+        assert dataset.column("label").tolist() == local.column("label").tolist()
+    proxy.weather = CALM
+    [name] = [name for name in opened[0].folder.sizes(overlay.FOLDER) if "exclude" in name]
+    (tmp_path / "other").write_bytes(b"other")
+    RemoteFolder(url).upload(tmp_path / "other", name)
+    with pytest.raises(DatasetError, match=rf"{url}/{name} was altered"):
+        Dataset.open(url, options(tmp_path))
+    assert Dataset.open(url, options(tmp_path), overlays=False).info.fingerprint == plain.info.fingerprint
+
+
+def test_digests_are_fetched_when_they_are_asked_for(proxy: Proxy, plain: Dataset, tmp_path: Path) -> None:
+    assert plain.likeness() is None
+    table = pa.table([pa.array([None] * 12, field.type) for field in duplicates.COLUMNS], schema=pa.schema(duplicates.COLUMNS))
+    with (plain.root / plain.info.likeness_file).open("wb") as file:
+        duplicates.write_table(file, [table])
+    info = replace(plain.info, likeness_sha256=sha256_of(plain.root / plain.info.likeness_file)).with_fingerprint()
+    (plain.root / "dataset.json").write_text(info.to_json())
+    url, remote = copy(plain.root, "s3://bucket/likeness"), options(tmp_path)
+    proxy.weather = weather = Weather({}, only="likeness.arrow")
+    weather.deck = ["", "flip", ""]  # its size is asked for; then it comes wrong once
+    dataset = Dataset.open(url, remote)
+    assert not list(tmp_path.glob("cache/*/likeness.arrow"))
+    found = dataset.likeness()
+    assert weather.seen["flip"] == 1
+    assert found is not None
+    assert found.equals(Dataset.open(plain.root).likeness())
+    RemoteFolder(url).delete([info.likeness_file])
+    with pytest.raises(DatasetError, match=r"likeness\.arrow is missing"):
+        Dataset.open(url, options(tmp_path / "other")).likeness()
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_mixture_of_here_and_there_is_one_of_here(proxy: Proxy, videos: Dataset, tmp_path: Path, there: int) -> None:
+    """What is cached of a dataset is the same alone and in a mixture, where its rows have other numbers."""
+    few = [Video(data=encode(9, first=5000 + 100 * row), num_frames=9) for row in range(5)]
+    parts = [videos, write_dataset(tmp_path / "second", few)]
+    expected = stream(Mixture(parts), options(tmp_path))
+    remote = options(tmp_path)
+    parts[there] = dataset = Dataset.open(copy(parts[there].root, f"s3://bucket/mixed/{parts[there].root.name}"), remote)
+    proxy.weather = weather = Weather({}, only="shards")
+    assert stream(dataset, remote)  # alone, which fills the cache
+    assert weather.seen["GET"]
+    proxy.weather = weather = Weather({"error": 1.0}, only="shards")
+    assert stream(Mixture(parts), remote) == expected
+    assert not weather.seen["error"]
 
 
 def test_no_dataset(proxy: Proxy, tmp_path: Path) -> None:
@@ -209,7 +282,7 @@ def test_any_fsspec_store(plain: Dataset, tmp_path: Path) -> None:
         dataset = Dataset.open(url, options(tmp_path))
         with open_reader(dataset) as reader:
             assert [reader.read(dataset.item(row)) for row in range(12)] == CONTENT
-        assert dataset.sizes() == {shard.file: shard.size for shard in plain.info.shards}
+        assert dataset.folder.sizes("shards") == {shard.file: shard.size for shard in plain.info.shards}
     finally:
         memory.rm("/stored", recursive=True)
 
@@ -219,7 +292,9 @@ def test_one_writer_creates(proxy: Proxy) -> None:
     assert folder.create("plan", b"one")
     assert folder.create("plan", b"one")  # its own, whose answer was lost
     assert not folder.create("plan", b"two")
-    assert folder.read_all("plan") == b"one"
+    assert folder.read_all("plan", 3) == b"one"
+    with pytest.raises(StorageError, match=r"s3://bucket/created/plan has 3 bytes, expected at most 2"):
+        folder.read_all("plan", 2)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +318,7 @@ def test_missing_credentials_are_said_at_once(proxy: Proxy, monkeypatch: pytest.
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"Unable to locate credentials.*credentials in the environment"):
-        RemoteFolder("s3://bucket/videos").read_all("dataset.json")
+        RemoteFolder("s3://bucket/videos").read_all("dataset.json", 1000)
     assert time.monotonic() - began < 5
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import software_decode
 from pipeline.media import write_video
 from pipeline.options import EncodeOptions
-from pipeline.segments import cut
+from pipeline.segments import cut, cut_evenly, even_windows
 from tests.pipeline.numbered import HEIGHT, WIDTH, number_image, read_number
 
 GOP = 8
@@ -36,3 +38,25 @@ def test_segments_hold_the_frames_that_they_say(tmp_path: Path, num_frames: int,
         seen |= {(first, first + step) for first in range(begin, end - step + 1)}
     for first in range(max(0, num_frames - step) + 1 if num_frames >= step else 0):
         assert (first, first + step) in seen  # every stretch of `step` frames lies whole within a segment
+
+
+@given(num_groups=st.integers(1, 400), max_groups=st.integers(1, 50))
+def test_windows_are_few_and_equal(num_groups: int, max_groups: int) -> None:
+    sizes = even_windows(num_groups, max_groups)
+    assert sum(sizes) == num_groups
+    assert len(sizes) == -(-num_groups // max_groups)  # fewer cannot hold it
+    assert 1 <= min(sizes) <= max(sizes) <= min(max_groups, min(sizes) + 1)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "max_groups", "lengths"), [(75, 3, [16, 16, 24, 19]), (64, 4, [32, 32]), (5, 1, [5]), (9, 1, [8, 1])]
+)
+def test_windows_hold_every_frame_once(tmp_path: Path, num_frames: int, max_groups: int, lengths: list[int]) -> None:
+    source, window = tmp_path / "source.mp4", tmp_path / "window.mp4"
+    write_video(source, (number_image(i) for i in range(num_frames)), 25.0, EncodeOptions(gop=GOP, tune="film"))
+    whole, begin = decoded(source, num_frames), 0
+    for length, expected in zip(cut_evenly(source, window, max_groups), lengths, strict=True):
+        assert length == expected
+        assert np.array_equal(decoded(window, length), whole[begin : begin + length])
+        begin += length
+    assert begin == num_frames
