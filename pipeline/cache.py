@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -126,18 +126,21 @@ def _count(use: Path) -> int:
 
 
 def _remove(home: Path, use: Path) -> bool:
-    """Removes the dataset of `use` unless a process reads it; whether it did. The caller holds the folder's lock."""
-    descriptor = os.open(use, os.O_RDWR | os.O_CLOEXEC)
+    """Removes the dataset of `use`, which nobody reads and is this user's; whether it did. The caller holds the folder's lock."""
+    try:
+        descriptor = os.open(use, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        shutil.rmtree(home / use.stem)
+        with suppress(FileNotFoundError):  # a process was killed right here
+            shutil.rmtree(home / use.stem)
         use.unlink()
-        return True
+    except (BlockingIOError, PermissionError):
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 @contextmanager

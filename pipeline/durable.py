@@ -15,6 +15,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
+def sync(path: Path) -> None:
+    """Has the disk keep what was written to a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def commit(temporary: Path, path: Path) -> None:
     """Gives a written and synced file its name, durably."""
     os.replace(temporary, path)

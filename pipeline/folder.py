@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,8 +31,13 @@ class LocalFolder:
         folder = self.path / prefix
         if not folder.is_dir():
             return {}
+        found = {}
         with os.scandir(folder) as entries:
-            return {f"{prefix}/{entry.name}": entry.stat().st_size for entry in entries if entry.is_file()}
+            for entry in entries:
+                with suppress(FileNotFoundError):  # what was removed meanwhile is not there
+                    if entry.is_file():
+                        found[f"{prefix}/{entry.name}"] = entry.stat().st_size
+        return found
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all, in a folder that is made if missing."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipeline import duplicates, overlay
 from pipeline.cache import CacheFolder
-from pipeline.durable import committed, sha256_of
+from pipeline.durable import commit, committed, sha256_of, sync
 from pipeline.errors import DatasetError
 from pipeline.folder import Folder, LocalFolder
 from pipeline.location import Location
@@ -180,14 +180,17 @@ class Origin:
             raise DatasetError(f"{where} is missing. Run 'posmlp data validate {self.folder}'.")
 
         def fetch(path: Path) -> None:
+            part = path.with_suffix(".part")  # gets its name when it is checked and synced: from then on its size is all that is looked at
             for _ in range(2):  # what was only changed on its way comes otherwise the next time
                 try:
-                    self.folder.fetch(file, path, size)
+                    self.folder.fetch(file, part, size)
                 except FileNotFoundError:
                     raise DatasetError(f"{where} is missing. Run 'posmlp data validate {self.folder}'.") from None
-                if sha256_of(path) == sha256:
+                if sha256_of(part) == sha256:
+                    sync(part)
+                    commit(part, path)
                     return
-                path.unlink()
+            part.unlink()
             raise DatasetError(f"{where} is not the one of its dataset.json. Run 'posmlp data validate {self.folder}'.")
 
         return self.cache.once(file, size, fetch, sound=lambda path: path.is_file() and path.stat().st_size == size)

@@ -50,7 +50,7 @@ class RemoteFolder:
 
         def once() -> bytes:
             data = self._ranged(name, begin, end)
-            if len(data) < end - begin and int(self._fs.info(self._path(name))["size"]) >= end:
+            if len(data) < end - begin and self._size(name) >= end:
                 raise EOFError(f"the answer was cut after {len(data)} of {end - begin} bytes")
             return data[: end - begin]
 
@@ -97,7 +97,7 @@ class RemoteFolder:
     def size(self, name: str = "") -> int | None:
         """In bytes; None when there is no such object. 0 of a folder, which is there when an object is in it."""
         try:
-            return int(self._tried(lambda: self._fs.info(self._path(name))["size"], name, "asking for its size"))
+            return self._tried(lambda: self._size(name), name, "asking for its size")
         except FileNotFoundError:
             return None
 
@@ -125,6 +125,12 @@ class RemoteFolder:
             except FileNotFoundError:
                 continue
 
+    def _size(self, name: str) -> int:
+        size = self._fs.info(self._path(name))["size"]
+        if size is None:
+            raise NotImplementedError("it does not say how long an object is")
+        return int(size)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
@@ -141,8 +147,11 @@ class RemoteFolder:
                 raise
             except PermissionError as error:
                 raise StorageError(f"{self._where(name)}: {doing} is not allowed ({_text(error)}). {_ADVICE}") from None
+            except NotImplementedError as error:
+                text = f"{self._where(name)}: {doing} is not what this kind of store can do ({_text(error)}). Known to work: s3://, gs://."
+                raise StorageError(text) from None
             except Exception as error:  # each store and HTTP library has a tree of its own
-                if isinstance(error, PipelineError | TypeError | NotImplementedError):
+                if isinstance(error, PipelineError | TypeError):
                     raise
                 last = error
                 if type(error).__name__ in LASTING:

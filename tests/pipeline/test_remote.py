@@ -192,6 +192,7 @@ def test_the_index_is_fetched_once_and_never_half(proxy: Proxy, plain: Dataset, 
         Dataset.open(url, remote)
     assert weather.seen["GET"] - first == first - 1  # dataset.json and a listing each, the index once
     index = opened[0].root / "index.arrow"
+    assert not list(index.parent.glob("*.part"))
     index.write_bytes(index.read_bytes()[:-1])  # as no version of ours leaves it
     assert len(Dataset.open(url, remote)) == 12
     RemoteFolder(url).delete(["index.arrow"])
@@ -297,6 +298,13 @@ def test_one_writer_creates(proxy: Proxy) -> None:
         folder.read_all("plan", 2)
 
 
+def test_what_a_store_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RemoteFolder("memory://x")
+    monkeypatch.setattr(folder._fs, "info", lambda path: {"size": None})
+    with pytest.raises(StorageError, match=r"memory://x/a: asking for its size is not what this kind of store can do .*s3://, gs://"):
+        folder.size("a")
+
+
 @pytest.mark.parametrize(
     ("url", "parts"),
     [
@@ -364,6 +372,20 @@ def test_unused_datasets_make_room_the_oldest_first(tmp_path: Path) -> None:
     late.add("items/2", data)
     assert late.get("items/2") == data
     assert not (tmp_path / "a").exists()
+
+
+def test_a_removal_that_was_killed_half_way_is_finished(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = CacheFolder.open(tmp_path, name, 2500)
+        folder.add("items/0", bytes(1000))
+        folder.close()
+    (tmp_path / "a" / "items" / "0").unlink()
+    (tmp_path / "a" / "items").rmdir()
+    (tmp_path / "a").rmdir()
+    new = CacheFolder.open(tmp_path, "c", 2500)
+    new.add("items/0", bytes(1000))
+    assert new.get("items/0") == bytes(1000)
+    assert sorted(path.name for path in tmp_path.glob("*.use")) == ["b.use", "c.use"]
 
 
 def test_a_full_disk_only_costs_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
