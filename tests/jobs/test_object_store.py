@@ -14,18 +14,23 @@ import pytest
 from click.testing import CliRunner
 
 from jobs import amend, append, build, coverage, info, leaks, validate
+from jobs.build_folder import LOCK
+from jobs.build_shard import build_shard
 from jobs.cli import posmlp
 from jobs.errors import JobError
 from jobs.recipe import load_recipe, parse_overrides, parse_recipe
 from jobs.run_folder import identity, open_dataset
 from jobs.train_data import open_checked_data, open_worker_data
 from pipeline.errors import DatasetError
-from pipeline.index import Dataset
+from pipeline.index import Dataset, read_info
+from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.overlay import Kind
 from pipeline.remote import RemoteFolder
 from tests.jobs.soak_train import Run
-from tests.pipeline.numbered import Video, write_dataset
+from tests.pipeline.numbered import Video, encode, number_image, write_dataset
 from tests.pipeline.s3 import CALM, FAULTS, Proxy, Weather, s3_server
+from tests.pipeline.test_pictures import png
+from tests.pipeline.test_tar_source import write_tar
 
 SECRET = b"secret-of-the-test"
 
@@ -155,6 +160,44 @@ def test_items_are_left_out_and_relabelled_at_the_url(proxy: Proxy, tmp_path: Pa
     assert Dataset.open(url).info.fingerprint == built.info.fingerprint
     with pytest.raises(JobError, match="has no exclude to take back"):
         amend.undo(url, Kind.EXCLUDE)
+
+
+def here_or_there(place: Path | str) -> dict[str, bytes]:
+    """Name -> bytes of a dataset's files."""
+    if isinstance(place, str):
+        folder = RemoteFolder(place)
+        return {name: folder.read_all(name, 1 << 30) for name in folder.sizes()}
+    files = [path for path in place.rglob("*") if path.is_file() and path.name != LOCK]
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("kind", ["list", "tars"])
+def test_every_kind_of_source_gives_the_same_bytes(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A list without extensions of videos, one in windows and one that is none, and of a picture; tars. Without Ray, for once."""
+    monkeypatch.setattr(build, "build_shards", lambda tasks, num_cpus: [build_shard(task) for task in tasks])
+    contents = {"x/1.mp4": encode(8), "x/2.mp4": encode(60, first=100), "bad.mp4": b"no video" * 99, "y/3.png": png(number_image(7))}
+    videos, labels = tmp_path / "videos", None
+    if kind == "tars":
+        members = [(name.replace("/", "_"), data) for name, data in contents.items()]
+        write_tar(videos / "train.tar", [each for name, data in members for each in ((name, data), (f"{name[:-4]}.cls", b"a"))])
+    else:
+        for name, data in contents.items():
+            (videos / name).parent.mkdir(parents=True, exist_ok=True)
+            (videos / name).write_bytes(data)
+        labels = tmp_path / "labels.csv"
+        labels.write_text("path,label,split\nx/1,a,train\nx/2,b,train\nbad,a,val\ny/3,b,val\n")
+        uploaded(videos, "s3://bucket/kinds")
+    ways: list[tuple[Path | str, Path | str]] = [(videos, tmp_path / "local"), (videos, f"s3://bucket/of-{kind}")]
+    if kind == "list":
+        ways += [("s3://bucket/kinds", tmp_path / "fetched"), ("s3://bucket/kinds", "s3://bucket/both")]
+    for place, out in ways:
+        build.run(videos=place, labels=labels, out=out, encode=EncodeOptions(gop=8, max_member_s=1.0), limits=LimitOptions())
+    local = here_or_there(tmp_path / "local")
+    info = read_info(tmp_path / "local")
+    assert (info.num_items, info.num_quarantined) == (5, 1)  # 60 frames are three windows
+    assert {"dataset.json", "index.arrow", "likeness.arrow", "quarantine.parquet", "shards/shard-000000.tar"} <= local.keys()
+    for _, out in ways[1:]:
+        assert here_or_there(out) == local
 
 
 def test_what_a_recipe_mixes_may_lie_there(proxy: Proxy, tmp_path: Path) -> None:
