@@ -201,7 +201,7 @@ def test_the_index_is_fetched_once_and_never_half(proxy: Proxy, plain: Dataset, 
         Dataset.open(url, options(tmp_path / "other"))
     (plain.root / "index.arrow").write_bytes(bytes(plain.info.index_size))
     RemoteFolder(url).upload(plain.root / "index.arrow", "index.arrow")
-    with pytest.raises(DatasetError, match="not the index of its"):
+    with pytest.raises(DatasetError, match="not the one of its"):
         Dataset.open(url, options(tmp_path / "third"))
     assert not list((tmp_path / "third").rglob("*.arrow"))
 
