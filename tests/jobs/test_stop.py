@@ -38,7 +38,7 @@ def begin(run: Run, driver: subprocess.Popen[bytes], steps: int) -> None:
     while len(read_attempts(run.dir)) <= attempts or run.last_step() < before + steps:
         assert driver.poll() is None, log_of(run)
         assert time.monotonic() < deadline, log_of(run)
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def assert_saved_and_stopped(run: Run, driver: subprocess.Popen[bytes]) -> None:
