@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 from jobs.build_commit import collect, commit, libraries, missing_rows, read_quarantine
-from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, read_plan, remove_leftovers, write_plan
 from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
@@ -209,7 +209,7 @@ def _extend(
 def _plan(dataset: Dataset, work: Path, request: Mapping[str, object]) -> None:
     """Writes down what is going to be appended, or checks that it is what an earlier call began."""
     out, info = dataset.root, dataset.info
-    asked = {**request, **{f"library {name}": version for name, version in libraries().items()}}
+    asked = {**request, **{f"library {name}": version for name, version in libraries().items()}, "plan_version": PLAN_VERSION}
     plan = read_plan(work)
     if plan is not None and plan["generation"] != info.generation:  # killed between dataset.json and its very last step
         shutil.rmtree(work)
@@ -256,6 +256,6 @@ def show(out: Path, done: Appended) -> None:
     new = ", ".join(f"{name} ({ids[name]})" for name in done.new_classes)
     click.echo(
         f"{out}: {done.num_items} videos appended, {done.num_quarantined} quarantined; "
-        f"{done.info.num_items} in all, {len(done.info.shards)} shards, fingerprint {done.info.fingerprint}"
+        f"{done.info.num_items} in all, {len(done.info.shards)} shards, fingerprint {Dataset.open(out).info.fingerprint}"
     )
     click.echo(f"classes: {f'new behind the old ones: {new}' if new else 'as they were'}")

@@ -205,9 +205,19 @@ class _Loading:
 
 
 def _requests(dataset: Dataset, clip: ClipOptions, first: int, count: int) -> Iterator[MicroBatchRequest]:
-    rows, ranks = np.arange(len(dataset), dtype=np.uint32), {"rank": 0, "world_size": 1}
-    sizes = {"global_batch": BATCH, "micro_batch": BATCH, "start_step": first, "end_step": first + count}
-    return train_requests(dataset, rows, seed=0, clip=clip, augment=AUGMENT, **sizes, **ranks)
+    return train_requests(
+        dataset,
+        np.arange(len(dataset), dtype=np.uint32),
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world_size=1,
+        start_step=first,
+        end_step=first + count,
+        clip=clip,
+        augment=AUGMENT,
+    )
 
 
 def _loader(dataset: Dataset, requests: Iterable[MicroBatchRequest], clip: ClipOptions) -> Loader:

@@ -132,23 +132,22 @@ def one_rank(payload: Mapping[str, object], worker: Worker) -> None:
     from cluster.stopping import stop_asked
     from cluster.worker import heartbeat
     from jobs.deadline import Deadline
-    from jobs.run_folder import train_rows
     from jobs.run_log import RankLog
     from jobs.train import _loss, _requests
+    from jobs.train_data import open_data
     from pipeline.index import Dataset
     from pipeline.loader import Loader
 
     recipe, rounds = _opened(payload)
     recipe.run_dir.mkdir(parents=True)
     dataset = Dataset.open(recipe.dataset_dir)
-    rows = train_rows(recipe, dataset)
     engine, loss = _engine(recipe, worker, len(dataset.info.classes)), partial(_loss, 0.1)
     log, deadline = RankLog(recipe, worker, 0), Deadline(None, engine.state_bytes)
     store = CheckpointStore(recipe.run_dir / "checkpoints", keep=1)
     num, counter = recipe.train.global_batch // recipe.train.micro_batch, itertools.count()
     with Loader(
         dataset,
-        _requests(recipe, dataset, rows, worker, 0, 10_000),
+        _requests(recipe, open_data(recipe, dataset), worker, 0, 10_000),
         micro_batch=recipe.train.micro_batch,
         clip=recipe.clip,
         augment=recipe.augment,
@@ -166,7 +165,7 @@ def one_rank(payload: Mapping[str, object], worker: Worker) -> None:
         def looped(batches: "Iterator[tuple[int, Batch]]") -> None:
             began = time.perf_counter()
             result = engine.train_step(next(counter), itertools.islice(batches, num), loss, stop=lambda: stop_asked() or deadline.near())
-            log.step(1, result, time.perf_counter() - began, len(rows))
+            log.step(1, result, time.perf_counter() - began, len(dataset))
             deadline.step(time.perf_counter() - began)
             heartbeat()
 

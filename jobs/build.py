@@ -19,24 +19,25 @@ from pathlib import Path
 
 import click
 
+from jobs import leaks
 from jobs.append import read_again
 from jobs.build_commit import collect, commit, libraries, missing_rows
-from jobs.build_folder import compare, explained, only_builder, read_plan, remove_leftovers, write_plan
+from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, read_plan, remove_leftovers, write_plan
 from jobs.build_shard import transcode
 from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks, splits_of
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe
 from pipeline.errors import DatasetError
-from pipeline.index import DatasetInfo, read_info
+from pipeline.index import Dataset, DatasetInfo, read_info
 from pipeline.labels import LabelFiles
-from pipeline.manifest import Manifest, Source, read_manifest, summary
+from pipeline.manifest import Manifest, Source, read_manifest
+from pipeline.manifest import summary as summary_of_labels
 from pipeline.media import check_encoder
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import RejectedError
 from pipeline.shards import deal, sample
 
-PLAN_VERSION = 1
 SAMPLED_VIDEOS, SAMPLED_S = 8, 4.0  # how many videos, and how much of each, tell what the canonical form weighs
 
 
@@ -57,6 +58,13 @@ def build_dataset(recipe: Recipe) -> DatasetInfo:
         allow_missing=data.allow_missing,
         val_fraction=data.val_fraction,
     )
+
+
+def summary(out: Path, info: DatasetInfo) -> str:
+    """What is there now, for people. Raises DatasetError."""
+    found = leaks.find(Dataset.open(out))
+    text = f"{out}: {info.num_items} videos, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
+    return f"{text}; {leaks.summary(found)} ('posmlp data leaks {out}')" if found.found else text
 
 
 def run(
@@ -80,7 +88,7 @@ def run(
     """
     check_encoder(encode)
     manifest = read_manifest(videos, labels, format=format, allow_missing=allow_missing, val_fraction=val_fraction, seed=seed)
-    click.echo(summary(manifest), err=True)
+    click.echo(summary_of_labels(manifest), err=True)
     check_frames(manifest, encode)
     asked = request_of(manifest, encode=encode, limits=limits, shard_size_mib=shard_size_mib, seed=seed)
     with explained(out):

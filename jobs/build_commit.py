@@ -1,12 +1,12 @@
-"""From finished shards to a dataset: their records become the index, the quarantine list and, last, dataset.json.
+"""From finished shards to a dataset: their records become the index, the list of digests, the quarantine list and, last, dataset.json.
 
-data build     index.arrow, quarantine.parquet, dataset.json
+data build     index.arrow, likeness.arrow, quarantine.parquet, dataset.json
 data append    the same with the generation in the names; dataset.json, replaced, is what makes the new ones count
 """
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from jobs.build_shard import read_record, record_path
-from pipeline.durable import committed
+from pipeline import duplicates
+from pipeline.durable import committed, sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset, DatasetInfo, ShardInfo, write_index
 from pipeline.media import library_versions
@@ -26,10 +27,14 @@ KEPT_GENERATIONS = 2  # who opened the dataset a moment ago still finds its inde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What a call added: shards with their rows (whose column `shard` counts from `first_shard`), and rows of the quarantine list."""
+    """What a call added: shards with their rows (whose column `shard` counts from `first_shard`), and rows of the quarantine list.
+
+    likenesses: the digests of the rows of `tables`.
+    """
 
     shards: list[ShardInfo]
     tables: list[pa.Table]
+    likenesses: list[pa.Table]
     rejects: list[dict[str, object]]
 
 
@@ -40,9 +45,9 @@ def libraries() -> dict[str, str]:
 
 def collect(out: Path, work: Path, numbers: Iterable[int], first_shard: int = 0) -> Made:
     """The records of the shards with these numbers, in this order; shards whose videos were all rejected are removed."""
-    made = Made(shards=[], tables=[], rejects=[])
+    made = Made(shards=[], tables=[], likenesses=[], rejects=[])
     for number in numbers:
-        shard, table, rejected = read_record(record_path(work, number))
+        shard, table, digests, rejected = read_record(record_path(work, number))
         made.rejects.extend(rejected)
         if table.num_rows == 0:
             (out / shard.file).unlink(missing_ok=True)
@@ -50,6 +55,7 @@ def collect(out: Path, work: Path, numbers: Iterable[int], first_shard: int = 0)
         place = table.schema.get_field_index("shard")  # becomes an index into the shards that there are
         column = pa.repeat(pa.scalar(first_shard + len(made.shards), pa.int32()), table.num_rows)
         made.tables.append(table.set_column(place, table.schema.field(place), column))
+        made.likenesses.append(digests)
         made.shards.append(shard)
     return made
 
@@ -99,7 +105,9 @@ def commit(
         listed = "; ".join(f"{row['path']}: {row['reason']} ({row['detail'] or row['explanation']})" for row in quarantine[:SHOWN])
         raise DatasetError(f"None of the {len(quarantine)} videos could be used, see {out / info.quarantine_file}: {listed}")
     sha256, size = write_index(out / info.index_file, tables)
-    info = info.with_index(
+    with committed(out / info.likeness_file) as file:
+        duplicates.write_table(file, [*([_likeness(base)] if base else []), *made.likenesses])
+    info = replace(info, likeness_sha256=sha256_of(out / info.likeness_file)).with_index(
         sha256=sha256,
         size=size,
         num_items=sum(shard.num_items for shard in info.shards),
@@ -111,8 +119,16 @@ def commit(
     return info
 
 
+def _likeness(base: Dataset) -> pa.Table:
+    """The digests of a dataset's rows; nulls where it was built without them."""
+    found = base.likeness()
+    if found is not None:
+        return found.select([field.name for field in duplicates.COLUMNS])
+    return pa.table([pa.nulls(len(base), field.type) for field in duplicates.COLUMNS], schema=pa.schema(duplicates.COLUMNS))
+
+
 def _remove_older(out: Path, generation: int) -> None:
-    for pattern in ("index*.arrow", "quarantine*.parquet"):
+    for pattern in ("index*.arrow", "likeness*.arrow", "quarantine*.parquet"):
         for path in out.glob(pattern):
             digits = path.stem.partition("-")[2] or "0"
             if digits.isdigit() and int(digits) <= generation - KEPT_GENERATIONS:

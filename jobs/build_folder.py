@@ -18,6 +18,7 @@ from pipeline.errors import DatasetError, PipelineError
 
 LOCK = ".build.lock"
 _ABSENT: Mapping[str, object] = {"encode.form": "plain"}  # what was meant before there was such an option
+PLAN_VERSION = 2  # of what a plan means and of the records of finished shards
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline import duplicates
 from pipeline.durable import committed
 from pipeline.errors import DatasetError
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
@@ -60,16 +61,19 @@ def record_path(work: Path, number: int) -> Path:
     return work / f"shard-{number:06d}.arrow"
 
 
-def read_record(path: Path) -> tuple[ShardInfo, pa.Table, list[dict[str, object]]]:
-    """A finished shard, its rows (mapped, not read) and its rows of the quarantine list."""
+def read_record(path: Path) -> tuple[ShardInfo, pa.Table, pa.Table, list[dict[str, object]]]:
+    """A finished shard, its rows and their digests (`duplicates.COLUMNS`), both mapped, and its rows of the quarantine list."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
-    return info, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"rejects"])
+    names = [field.name for field in duplicates.COLUMNS]
+    plain = table.replace_schema_metadata(None)
+    return info, plain.drop_columns(names), plain.select(names), json.loads(table.schema.metadata[b"rejects"])
 
 
 def build_shard(task: ShardTask) -> int:
     """Makes one shard and, last, its record. Returns how many videos it rejected. Idempotent: doing it twice makes the same bytes."""
     rows: list[dict[str, object]] = []
+    likenesses: list[dict[str, object]] = []
     rejects: list[Reject] = []
     tar = task.out / NAME.format(task.number)
     with (
@@ -84,12 +88,15 @@ def build_shard(task: ShardTask) -> int:
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
-            for piece in _pieces(video, source.key, report, task.encode):
+            for number, piece in enumerate(_pieces(video, source.key, report, task.encode)):
                 member = writer.add(piece.key, label, _facts(source, label, report, piece), piece.path)
                 rows.append(_row(task, source, label, codes, report, piece, member))
+                likenesses.append(_likeness(report) if number == 0 else {"bytes": None, "content": None})  # the first stands for all
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
     table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
+    for field in duplicates.COLUMNS:
+        table = table.append_column(field, pa.array([each[field.name] for each in likenesses], field.type))
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
     with committed(record_path(task.work, task.number)) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
         stream.write_table(table.replace_schema_metadata(metadata))
@@ -149,6 +156,10 @@ def _pieces(video: Path, key: str, report: MediaReport, encode: EncodeOptions) -
         begin += num_frames
     if begin != report.num_frames:
         raise DatasetError(f"video '{key}' has {report.num_frames} frames, its windows {begin}: a fault of ours, please report it.")
+
+
+def _likeness(report: MediaReport) -> dict[str, object]:
+    return {"bytes": bytes.fromhex(report.source_digest), "content": bytes.fromhex(report.content)}
 
 
 def _facts(source: Source, label: int, report: MediaReport, piece: _Piece) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """The `posmlp` command: parses, calls one verb, and turns what went wrong into one clear message and an exit code.
 
 Verbs are imported when they are called, so that help answers at once. Exit codes: 0 done, 1 a user's error or a failed
-check, 2 wrong usage (click), 75 stopped early by SIGTERM or train.time_limit with everything saved (the same command goes on),
-78 refused by a cluster's preflight (`submit`), 130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
+check, 2 wrong usage (click), 3 an answer that scripts should tell from an error (datasets differ, leaks were found), 75 stopped
+early by SIGTERM or train.time_limit with everything saved (the same command goes on), 78 refused by a cluster's preflight (`submit`),
+130 interrupted by Ctrl-C, 143 ended by a SIGTERM that was not waited for.
 """
 
 import json
@@ -18,6 +19,7 @@ from jobs import cli_cluster
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
 
+FOUND = 3  # exit code of an answer that scripts tell from an error
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 LAUNCHER = click.option("--launcher", type=click.Choice(["ray", "local"]), help="Short for launch.launcher=...; local is without Ray.")
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -87,7 +89,7 @@ def data_build(
     given = {"videos": str(videos), "labels": label_files(labels), "dir": str(out), **({"format": format_} if format_ else {})}
     recipe = parse_overrides({"data": given}, [f"data.{override}" for override in overrides])
     if not dry_run:
-        build.build_dataset(recipe)
+        click.echo(build.summary(out, build.build_dataset(recipe)))
         return
     estimate = trial.run(recipe)
     if as_json:
@@ -184,12 +186,90 @@ def data_quarantine(folder: Path, as_json: bool) -> None:
         verb.show(folder)
 
 
+@data.command("leaks")
+@click.argument("folder", type=FOLDER)
+@click.option("--keys", "split", metavar="SPLIT", help="Print only the keys of SPLIT's items that other splits have too, one a line.")
+@click.option("--column", help="Of the splits, where the dataset has several split columns.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: all duplicates, also those within one split.")
+def data_leaks(folder: Path, split: str | None, column: str | None, as_json: bool) -> None:
+    """List videos that are in more than one split, as equal bytes or as equal pictures. Exit code 3 when there are any.
+
+    'posmlp data leaks DIR --keys train | posmlp data exclude DIR --from -' leaves them out of one side.
+    """
+    from dataclasses import asdict
+
+    from jobs import leaks as verb
+
+    found = verb.run(folder)
+    if split is not None:
+        for key in verb.keys(folder, found, split, column):
+            click.echo(key)
+        return
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **asdict(found)}, indent=1, ensure_ascii=False))
+    else:
+        verb.show(folder, found)
+    sys.exit(FOUND if found.leaks else 0)
+
+
+FROM = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
+REASON = click.option("--reason", default="", help="Kept with it, for people.")
+
+
+@data.command("exclude")
+@click.argument("folder", type=FOLDER)
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option("--from", "source", type=FROM, help="Keys in a file, one a line, or CSV with a column key. - is standard input.")
+@REASON
+@click.option("--undo", is_flag=True, help="Take the newest exclusion back.")
+def data_exclude(folder: Path, keys: tuple[str, ...], source: Path | None, reason: str, undo: bool) -> None:
+    """Leave items out of a dataset, by a small file beside its shards, which stay as they are.
+
+    The fingerprint changes: runs that began with these items do not resume without them.
+    """
+    from jobs import amend as verb
+    from pipeline.overlay import Kind
+
+    if undo:
+        _refuse_with_undo(keys, source, reason)
+        verb.show(verb.undo(folder, Kind.EXCLUDE), "taken back")
+        return
+    verb.show(verb.exclude(folder, [*keys, *(verb.read_keys(source) if source else [])], reason), "left out")
+
+
+@data.command("relabel")
+@click.argument("folder", type=FOLDER)
+@click.argument("labels", nargs=-1, metavar="[KEY=CLASS]...")
+@click.option("--from", "source", type=FROM, help="CSV with the columns key and label. - is standard input.")
+@REASON
+@click.option("--undo", is_flag=True, help="Take the newest relabelling back.")
+def data_relabel(folder: Path, labels: tuple[str, ...], source: Path | None, reason: str, undo: bool) -> None:
+    """Give items of a dataset another of its classes, by a small file beside its shards, which stay as they are.
+
+    The fingerprint changes: runs that began with the old labels do not resume with the new ones.
+    """
+    from jobs import amend as verb
+    from pipeline.overlay import Kind
+
+    if undo:
+        _refuse_with_undo(labels, source, reason)
+        verb.show(verb.undo(folder, Kind.RELABEL), "taken back")
+        return
+    named = [*map(verb.split_label, labels), *(verb.read_labels(source).items() if source else ())]
+    verb.show(verb.relabel(folder, verb.pairs(named), reason), "relabelled")
+
+
+def _refuse_with_undo(named: tuple[str, ...], source: Path | None, reason: str) -> None:
+    if named or source or reason:
+        raise click.UsageError("--undo takes the newest back and needs nothing else.")
+
+
 @data.command("diff")
 @click.argument("a", type=FOLDER)
 @click.argument("b", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def data_diff(a: Path, b: Path, as_json: bool) -> None:
-    """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 1 when not."""
+    """Compare datasets A and B: classes, splits, options, items. Exit code 0 when they are equal, 3 when they differ, 1 on an error."""
     from jobs import diff as verb
 
     found = verb.run(a, b)
@@ -197,7 +277,7 @@ def data_diff(a: Path, b: Path, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         verb.show(found)
-    sys.exit(0 if found["equal"] else 1)
+    sys.exit(0 if found["equal"] else FOUND)
 
 
 @data.command("view")
@@ -500,6 +580,16 @@ def bench_data(num_videos: int, repeats: int) -> None:
     from jobs import bench_data as verb
 
     click.echo(verb.table(verb.run(num_videos=num_videos, repeats=repeats)))
+
+
+@bench.command("duplicates")
+@click.option("--videos", type=FOLDER, required=True, help="Videos that are all different.")
+def bench_duplicates(videos: Path) -> None:
+    """What finding duplicates costs a build, how many copies that were encoded again it finds, and what it takes for a copy by mistake."""
+    from jobs import bench_duplicates as verb
+
+    for name, value in verb.run(videos).items():
+        click.echo(f"{name}: {value}")
 
 
 @bench.command("ablations")

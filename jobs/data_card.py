@@ -80,17 +80,19 @@ def render(root: Path) -> str:
     dataset = Dataset.open(root)
     info = dataset.info
     out = quarantine_list.causes(quarantine_list.read(root))
-    labels = np.bincount(dataset.column("label"), minlength=len(info.classes)).tolist()
+    kept = dataset.kept()
+    labels = np.bincount(dataset.column("label")[kept], minlength=len(info.classes)).tolist()
     splits = {}
     for column, names in info.splits.items():
-        codes = dataset.column(SPLIT_PREFIX + column)
+        codes = dataset.column(SPLIT_PREFIX + column)[kept]
         counts = [(name, int((codes == code).sum())) for code, name in [*enumerate(names), (-1, "in none")]]
         splits[column] = _shares([(name, num) for name, num in counts if num])
-    seconds = _seconds(dataset)
+    seconds = _seconds(dataset)[kept]
     return template("data_card.html.j2").render(
         name=root.resolve().name,
         info=info,
-        num_items=len(dataset),
+        num_items=dataset.num_kept,
+        overlay=dataset.overlay,
         hours=float(seconds.sum()) / 3600,
         num_bytes=sum(shard.size for shard in info.shards),
         classes=sorted(_shares(list(zip(info.classes, labels, strict=True))), key=lambda each: (-each.num, each.name)),
@@ -112,8 +114,9 @@ def _seconds(dataset: Dataset) -> npt.NDArray[np.float64]:
 
 def _charts(dataset: Dataset, seconds: npt.NDArray[np.float64]) -> list[Histogram]:
     def column(name: str) -> npt.NDArray[np.float64]:
-        return dataset.column(name).astype(np.float64)
+        return dataset.column(name)[kept].astype(np.float64)
 
+    kept = dataset.kept()
     sides = np.minimum(column("width"), column("height"))
     found = [
         histogram(column("end") - column("begin"), title="Length in frames", x_label="frames", whole=True),
@@ -176,7 +179,8 @@ def _samples(dataset: Dataset) -> list[Sample]:
     """A few items, the same ones each time: in a keyed order, of as many classes as there are."""
     if not len(dataset):
         return []
-    rows = Order(0, len(dataset)).locate(np.arange(min(len(dataset), 16 * NUM_VIDEOS)))[1].astype(np.int64).tolist()
+    drawn = Order(0, len(dataset)).locate(np.arange(min(len(dataset), 16 * NUM_VIDEOS)))[1].astype(np.int64)
+    rows = drawn[~np.isin(drawn, dataset.overlay.excluded)].tolist()
     labels = dataset.column("label")
     first = {int(labels[row]): row for row in reversed(rows)}
     chosen = sorted(rows, key=lambda row: first[int(labels[row])] != row)  # stable: one of every class before the second of any

@@ -1,7 +1,7 @@
 """posmlp data diff: what two datasets have in common, and what not.
 
 Items are matched by key in Arrow's hash join over the mapped columns, so that 10^7 rows are never rows of Python. In which shard an
-item lies, and who built it, is no difference: a reader sees the same.
+item lies, and who built it, is no difference: a reader sees the same. Overlays are applied: items that are left out are not there.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ def run(left: Path, right: Path) -> dict[str, object]:
         "a": str(left),
         "b": str(right),
         "fingerprints": [a.info.fingerprint, b.info.fingerprint],
-        "num_items": [len(a), len(b)],
+        "num_items": [a.num_kept, b.num_kept],
+        "overlays": [[str(each) for each in dataset.overlay.files] for dataset in (a, b)],
         "quarantined": [a.info.num_quarantined, b.info.num_quarantined],
         "classes": _names(a.info.classes, b.info.classes),
         "split_columns": _names(list(a.info.splits), list(b.info.splits)),
@@ -60,10 +61,11 @@ def _values(a: dict[str, object], b: dict[str, object]) -> dict[str, list[object
 
 def _comparable(dataset: Dataset, split_columns: Sequence[str]) -> pa.Table:
     """key and what of an item is compared, classes and splits by name (as dictionaries: codes beside one short list of names)."""
-    path = dataset.root / dataset.info.index_file
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    table = dataset.table
+    if len(dataset.overlay.excluded):
+        table = table.filter(pa.array(dataset.kept()))
     columns = {name: table.column(name) for name in ("key", *BYTES, *FRAMES)}
-    columns["label"] = _named(table.column("label"), dataset.info.classes)
+    columns["label"] = _named(pa.chunked_array([dataset.column("label")[dataset.kept()]]), dataset.info.classes)
     for name in split_columns:
         codes = table.column(SPLIT_PREFIX + name).cast(pa.int32())
         columns[SPLIT_PREFIX + name] = _named(pc.add(codes, pa.scalar(1, pa.int32())), [NONE, *dataset.info.splits[name]])
@@ -114,6 +116,11 @@ def show(found: dict[str, object]) -> None:
     assert isinstance(counts, list)
     for side, name, count in zip("AB", names, counts, strict=True):
         console.print(f"{side}: {name}, {count} items")
+    overlays = found["overlays"]
+    assert isinstance(overlays, list)
+    for side, files in zip("AB", overlays, strict=True):
+        for each in files:
+            console.print(f"{side} has {each}")
     for title, key in (("classes", "classes"), ("split columns", "split_columns")):
         for side, listed in _only(found[key]).items():
             if listed:

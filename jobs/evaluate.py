@@ -29,7 +29,7 @@ from jobs.predictions import ViewOutput, finished_parts, merge, records, write_p
 from jobs.progress import Progress
 from jobs.recipe import Recipe, load_recipe, parse_recipe
 from jobs.results import SCHEMA
-from jobs.run_folder import checkpoints, identity, open_dataset, recipe_of, write_text
+from jobs.run_folder import checkpoints, identity, open_dataset, recipe_of, worker_dataset, write_text
 from pipeline.index import Dataset
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(
         if result is None:
             rows = dataset.rows(recipe.data.split_column, recipe.data.val_split)
             num_views = recipe.eval.num_views
-            _judge_missing(recipe, chosen, parts, -(-len(rows) * num_views // recipe.eval.micro_batch))
+            _judge_missing(recipe, dataset, chosen, parts, -(-len(rows) * num_views // recipe.eval.micro_batch))
             keys = [dataset.text("key", int(row)) for row in rows]
             predictions = merge(parts, keys, num_views=num_views, fusion=recipe.eval.fusion)
             result = {**facts, **summarise(predictions, dataset.info.classes), "videos": records(predictions)}
@@ -177,7 +177,7 @@ def _forget_parts(folder: Path, parts: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _judge_missing(recipe: Recipe, chosen: Sequence[Checkpoint], parts: Path, total: int) -> None:
+def _judge_missing(recipe: Recipe, dataset: Dataset, chosen: Sequence[Checkpoint], parts: Path, total: int) -> None:
     from cluster.launch import launch
 
     parts.mkdir(parents=True, exist_ok=True)
@@ -188,6 +188,7 @@ def _judge_missing(recipe: Recipe, chosen: Sequence[Checkpoint], parts: Path, to
         "recipe": recipe.model_dump(mode="json"),
         "checkpoints": [checkpoint.number for checkpoint in chosen],
         "parts": str(parts),
+        "dataset": dataset.info.fingerprint,
     }
     with Progress("evaluating", total=total, unit="batches", done=done) as progress, _follow(parts, progress, done):
         launch(
@@ -228,7 +229,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     from pipeline.requests import eval_requests
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
-    dataset = Dataset.open(recipe.dataset_dir)
+    dataset = worker_dataset(recipe.dataset_dir, payload["dataset"])
     parts = Path(str(payload["parts"]))
     numbers, store = payload["checkpoints"], checkpoints(recipe)
     assert isinstance(numbers, list)

@@ -7,8 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from jobs import leaks
 from pipeline.index import SPLIT_PREFIX, Dataset
 
 
@@ -16,29 +18,34 @@ def run(root: Path) -> dict[str, object]:
     """The card: plain values, JSON-able. Raises DatasetError when there is no finished dataset."""
     dataset = Dataset.open(root)
     info = dataset.info
-    frames = dataset.column("end").astype(np.int64) - dataset.column("begin").astype(np.int64)
-    sizes = dataset.column("size").astype(np.int64)
-    pixels = Counter(zip(dataset.column("width").tolist(), dataset.column("height").tolist(), strict=True))
-    labels = np.bincount(dataset.column("label").astype(np.int64), minlength=len(info.classes))
+    kept = dataset.kept() if len(dataset.overlay.excluded) else slice(None)  # a mask would copy what is mapped
+    frames = dataset.column("end")[kept].astype(np.int64) - dataset.column("begin")[kept].astype(np.int64)
+    sizes = dataset.column("size")[kept].astype(np.int64)
+    pixels = Counter(zip(dataset.column("width")[kept].tolist(), dataset.column("height")[kept].tolist(), strict=True))
+    labels = np.bincount(dataset.column("label")[kept].astype(np.int64), minlength=len(info.classes))
     splits = {}
     for column, names in info.splits.items():
-        codes = dataset.column(SPLIT_PREFIX + column)
+        codes = dataset.column(SPLIT_PREFIX + column)[kept]
         splits[column] = {name: int((codes == code).sum()) for code, name in enumerate(names)}
     return {
         "folder": str(root),
         "fingerprint": info.fingerprint,
-        "items": len(dataset),
+        "items": dataset.num_kept,
+        "left_out": len(dataset.overlay.excluded),
+        "relabelled": len(dataset.overlay.relabelled),
+        "overlays": [str(each) for each in dataset.overlay.files],
         "quarantined": _quarantine(root / info.quarantine_file),
         "quarantine_list": str(root / info.quarantine_file),
+        "duplicates": _duplicates(dataset),
         "classes": dict(zip(info.classes, labels.tolist(), strict=True)),
         "splits": splits,
         "shards": len(info.shards),
         "bytes": sum(shard.size for shard in info.shards),
-        "hours": round(float((frames / dataset.column("fps").astype(np.float64)).sum()) / 3600, 3) if len(dataset) else 0.0,
+        "hours": round(float((frames / dataset.column("fps")[kept].astype(np.float64)).sum()) / 3600, 3) if len(frames) else 0.0,
         "frames": _spread(frames),
         "video_bytes": _spread(sizes),
         "sizes": {f"{width}x{height}": count for (width, height), count in pixels.most_common(8)},
-        "fps": {f"{rate:g}": count for rate, count in Counter(dataset.column("fps").tolist()).most_common(8)},
+        "fps": {f"{rate:g}": count for rate, count in Counter(dataset.column("fps")[kept].tolist()).most_common(8)},
         "build": info.build,
         "libraries": info.libraries,
     }
@@ -51,6 +58,11 @@ def _spread(values: npt.NDArray[np.int64]) -> dict[str, int]:
     return {name: int(np.percentile(values, share)) for name, share in points.items()}
 
 
+def _duplicates(dataset: Dataset) -> str:
+    found = leaks.find(dataset)
+    return leaks.summary(found) if found.known else "not looked for: it was built by an older version"
+
+
 def _quarantine(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
@@ -60,10 +72,11 @@ def _quarantine(path: Path) -> dict[str, int]:
 def show(card: dict[str, object]) -> None:
     """Prints the card for people."""
     table = Table(show_header=False)
+    card = {name: value for name, value in card.items() if value or name not in ("left_out", "relabelled", "overlays")}
     for name, value in card.items():
         if isinstance(value, dict):
             shown = ", ".join(f"{key} {entry}" for key, entry in list(value.items())[:12]) + (" …" if len(value) > 12 else "")
             table.add_row(name, shown or "none")
         else:
-            table.add_row(name, str(value))
+            table.add_row(name, escape("\n".join(value) if isinstance(value, list) else str(value)))
     Console().print(table)

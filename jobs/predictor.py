@@ -118,7 +118,7 @@ def _trained_on(recipe: Recipe, checkpoint: Checkpoint) -> Dataset | None:
 
 def _median_seconds(dataset: Dataset) -> float:
     frames = dataset.column("end").astype(np.int64) - dataset.column("begin").astype(np.int64)
-    return float(np.median(frames / dataset.column("fps").astype(np.float64)))
+    return float(np.median((frames / dataset.column("fps").astype(np.float64))[dataset.kept()]))
 
 
 def predictions(predictor: Predictor, videos: Sequence[Path], sliding: Sliding) -> Iterator[VideoPrediction]:
@@ -162,17 +162,22 @@ def _judge(predictor: Predictor, folder: Path, num_items: int) -> Iterator[Predi
     judging = recipe.eval.model_copy(update={"micro_batch": min(recipe.eval.micro_batch, num_items * num_views)})
     asked = recipe.model_copy(update={"data": data, "eval": judging})
     total = -(-num_items * num_views // judging.micro_batch)
+    dataset = Dataset.open(folder)
     with Progress("predicting", total=total, unit="batches") as progress, _follow(parts, progress):
         launch(
             "jobs.evaluate:worker",
-            {"recipe": asked.model_dump(mode="json"), "checkpoints": [predictor.checkpoint.number], "parts": str(parts)},
+            {
+                "recipe": asked.model_dump(mode="json"),
+                "checkpoints": [predictor.checkpoint.number],
+                "parts": str(parts),
+                "dataset": dataset.info.fingerprint,
+            },
             run_dir=folder / "gang",
             num_micro_batches=1,
             options=LaunchOptions(launcher="local", workers=1),
             on_event=lambda event: None,
             user_errors=user_errors(),
         )
-    dataset = Dataset.open(folder)
     keys = [dataset.text("key", row) for row in range(num_items)]
     return iter(merge(parts, keys, num_views=num_views, fusion=recipe.eval.fusion))
 

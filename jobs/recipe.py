@@ -6,6 +6,7 @@ nearest known one; errors name the key and, for keys from the file, the line. Th
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -23,6 +24,7 @@ from jobs.deadline import seconds
 from jobs.errors import RecipeError
 from model.presets import ModelConfig
 from pipeline.options import AugmentOptions, ClipOptions, EncodeOptions, LimitOptions, LoaderOptions
+from pipeline.order import MAX_TURNS
 
 MAX_RECIPE_BYTES = 1 << 20
 Count = Annotated[int, pydantic.Field(ge=1)]
@@ -45,6 +47,19 @@ class RunSection(Section):
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
 
 
+class MixedDataset(Section):
+    """One more dataset to train on beside data.dir. Its classes are found among those of data.dir by name.
+
+    dir: the built dataset. weight: its share of the samples, beside data.weight and the other datasets' weights.
+    split_column, train_split: the split of it that is trained on.
+    """
+
+    dir: Path
+    weight: Count = 1
+    split_column: str = "split"
+    train_split: str = "train"
+
+
 class DataSection(Section):
     """Raw videos, the dataset built from them, and which of its splits are trained on and reported.
 
@@ -59,6 +74,9 @@ class DataSection(Section):
     allow_missing: build although the label file names videos that are not there; they are listed in the quarantine.
     val_fraction: share held out per class when the labels name no split. seed: of the deal of videos to shards.
     shard_size_mib: wanted size of a tar; small datasets get smaller ones, so that they are built in parallel.
+    mix: further datasets that are trained on, a list of {dir, weight, split_column, train_split}; evaluation stays on data.dir.
+    weight: share of data.dir in such a mixture. Weights are whole numbers: 3 and 1 are 3 samples of every 4, exactly. train.epochs counts
+    passes over data.dir.
     """
 
     videos: Path | None = None
@@ -74,6 +92,8 @@ class DataSection(Section):
     val_fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
     shard_size_mib: Count = 128
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
+    mix: tuple[MixedDataset, ...] = ()
+    weight: Count = 1
     encode: EncodeOptions = EncodeOptions()
     limits: LimitOptions = LimitOptions()
 
@@ -220,6 +240,13 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        weights = [self.data.weight, *(each.weight for each in self.data.mix)]
+        if sum(weights) // math.gcd(*weights) > MAX_TURNS:
+            raise ValueError(f"data.mix: got the weights {weights}, expected a sum of at most {MAX_TURNS} in lowest terms")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _views_and_mixing_fit(self) -> Self:
         micro, repeats = self.train.micro_batch, self.augment.repeats
         if micro % repeats:
@@ -276,7 +303,8 @@ class Recipe(Section):
         kept["train"] = {name: plain["train"][name] for name in ("global_batch", "micro_batch", "epochs", "steps", "init_from", "freeze")}
         kept["run"] = {"seed": plain["run"]["seed"]}
         kept["engine"] = {name: plain["engine"][name] for name in ("precision", "compile")}
-        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split", "choose_fraction")}
+        kept["data"] = {name: plain["data"][name] for name in ("split_column", "train_split", "choose_fraction", "weight")}
+        kept["data"]["mix"] = [{name: value for name, value in each.items() if name != "dir"} for each in plain["data"]["mix"]]
         return {f"{section}.{name}": value for section, keys in sorted(kept.items()) for name, value in sorted(keys.items())}
 
 
@@ -340,6 +368,7 @@ def parse_recipe(values: object, *, where: str, lines: Mapping[str, int] | None 
 def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe:
     data: dict[str, object] = {name: _absolute(getattr(recipe.data, name)) for name in ("videos", "dir")}
     data["labels"] = _absolute_labels(recipe.data.labels)
+    data["mix"] = tuple(each.model_copy(update={"dir": _absolute(each.dir)}) for each in recipe.data.mix)
     run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
     train = recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)})
     return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data), "train": train})
@@ -395,6 +424,9 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str, value: ob
     names = []
     section: object = Recipe
     for part in location:
+        if isinstance(part, int) and _fields(section):  # an item of a list of sections
+            names.append(str(part))
+            continue
         if kind in ("extra_forbidden", "unexpected_keyword_argument") or isinstance(part, int) or part in _fields(section):
             names.append(str(part))
             section = _fields(section).get(str(part), object)
@@ -402,7 +434,7 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str, value: ob
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         owner: object = Recipe
         for name in names[:-1]:
-            owner = _fields(owner).get(name, object)
+            owner = owner if name.isdigit() else _fields(owner).get(name, object)
         near = difflib.get_close_matches(names[-1], _fields(owner), 1)
         hint = f"did you mean '{'.'.join([*names[:-1], near[0]])}'?" if near else f"known here: {', '.join(_fields(owner))}."
         return key, f"unknown key; {hint}"
@@ -415,6 +447,8 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str, value: ob
 
 def _fields(section: object) -> dict[str, object]:
     """Field name -> type of a section, which is a pydantic model or a dataclass; empty for anything else."""
+    if typing.get_origin(section) is tuple:
+        section = next(iter(typing.get_args(section)), object)
     if isinstance(section, types.UnionType):
         section = next((option for option in typing.get_args(section) if _fields(option)), object)
     if isinstance(section, type) and issubclass(section, pydantic.BaseModel):

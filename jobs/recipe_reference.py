@@ -12,6 +12,7 @@ from pathlib import Path
 
 import annotated_types
 import pydantic
+from pydantic_core import PydanticUndefined
 
 from jobs.recipe import Recipe
 
@@ -50,8 +51,9 @@ def _section(path: str, section: type) -> Iterator[str]:
         inner = next((option for option in (hints[name], *typing.get_args(hints[name])) if _members(option)), None)
         if inner is not None:
             nested.append((f"{path}.{name}", inner))
-        shown = f"[section](#{path.replace('.', '')}{name})" if inner is not None else _escaped(_type(hints[name]))
-        default = "" if inner is not None and _members(section)[name] is not None else _escaped(f"`{_value(_members(section)[name])}`")
+        several = "list of " if inner is not None and typing.get_origin(hints[name]) is tuple else ""
+        shown = f"{several}[section](#{path.replace('.', '')}{name})" if inner is not None else _escaped(_type(hints[name]))
+        default = "" if inner is not None and _members(section)[name] is not None else _default(_members(section)[name])
         yield f"| `{name}` | {shown} | {default} | {_escaped(meanings.get(name, ''))} |"
     yield ""
     for inner_path, inner in nested:
@@ -113,6 +115,10 @@ def _bounds(metadata: tuple[object, ...]) -> Iterator[str]:
             if type(constraint) in BOUNDS:
                 attribute, sign = BOUNDS[type(constraint)]
                 yield f"{sign} {getattr(constraint, attribute)}"
+
+
+def _default(value: object) -> str:
+    return "none: must be set" if value is PydanticUndefined else _escaped(f"`{_value(value)}`")
 
 
 def _value(value: object) -> str:

@@ -12,7 +12,7 @@ def run(recipe: Recipe) -> dict[str, object]:
     if recipe.data.videos is None and recipe.data.dir is None:
         raise RecipeError("data.videos is not set: add data.videos=FOLDER (raw videos), or data.dir=FOLDER (a built dataset).")
     if recipe.data.videos is not None:
-        build.build_dataset(recipe)
+        click.echo(build.summary(recipe.dataset_dir, build.build_dataset(recipe)))
     train.run(recipe)
     result = evaluate.run(recipe.run_dir)
     path = report.write_report(recipe.run_dir)

@@ -8,7 +8,6 @@ eval/            views judged so far            eval.json      predictions and f
 report.html      the page about it              eval-….json    the same, judged in another way
 """
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -16,6 +15,7 @@ import os
 import platform
 import subprocess
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -25,10 +25,12 @@ import numpy.typing as npt
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
 from jobs.recipe import Recipe, load_recipe
+from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import KEYED_VERSION
 from pipeline.manifest import held_out
+from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION
 from pipeline.requests import check_base_layer
 
@@ -119,10 +121,16 @@ def checkpoints(recipe: Recipe) -> CheckpointStore:
 
 
 def total_steps(recipe: Recipe, num_samples: int) -> int:
-    """Optimizer steps of a run over a train split of `num_samples` items."""
+    """Optimizer steps of a run over a train split of `num_samples` items of data.dir."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return max(1, math.ceil(recipe.train.epochs * num_samples / recipe.samples_per_step))
+    return max(1, math.ceil(recipe.train.epochs * epoch_length(recipe, num_samples) / recipe.samples_per_step))
+
+
+def epoch_length(recipe: Recipe, num_samples: int) -> int:
+    """Positions of the stream in which data.dir's `num_samples` are shown once, those of other datasets between them."""
+    share = Fraction(recipe.data.weight, recipe.data.weight + sum(each.weight for each in recipe.data.mix))
+    return math.ceil(num_samples / share)
 
 
 def train_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
@@ -150,9 +158,10 @@ def _held_out(recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32]) ->
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> dict[str, object]:
-    """What must be equal for a checkpoint to be resumed: the dataset, the recipe's numerics, versions that change the stream."""
+    """What must be equal for a checkpoint to be resumed: the datasets, the recipe's numerics, versions that change the stream."""
     versions = {"version.order": ORDER_VERSION, "version.keyed": KEYED_VERSION}
-    return {"dataset": dataset.info.fingerprint, **versions, **recipe.numerics()}
+    mixed = {f"dataset of data.mix[{place}]": Dataset.open(each.dir).info.fingerprint for place, each in enumerate(recipe.data.mix)}
+    return {"dataset": dataset.info.fingerprint, **mixed, **versions, **recipe.numerics()}
 
 
 def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
@@ -165,9 +174,15 @@ def newest_checkpoint(recipe: Recipe, dataset: Dataset) -> Checkpoint | None:
 
 def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
-    dataset = Dataset.open(recipe.dataset_dir)
-    with (dataset.root / dataset.info.index_file).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    dataset = open_checked(recipe.dataset_dir, recipe.data.split_column, split)
+    check_base_layer(dataset, recipe.clip)
+    return dataset
+
+
+def open_checked(root: Path, split_column: str, split: str) -> Dataset:
+    """A dataset with its index checked against its SHA-256, its shards of their sizes and `split` not empty. Raises DatasetError."""
+    dataset = Dataset.open(root)
+    digest = sha256_of(dataset.root / dataset.info.index_file)
     if digest != dataset.info.index_sha256:
         raise DatasetError(
             f"{dataset.root / dataset.info.index_file} was altered: its SHA-256 is {digest[:16]}…, dataset.json says "
@@ -179,22 +194,36 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
         if size != shard.size:
             got = "is missing" if size < 0 else f"is {size} bytes long, expected {shard.size}"
             raise DatasetError(f"{path} {got}. Run 'posmlp data validate {dataset.root}', then build it again.")
-    check_base_layer(dataset, recipe.clip)
-    if len(dataset.rows(recipe.data.split_column, split)) == 0:
-        raise DatasetError(f"{dataset.root}: split '{split}' of '{recipe.data.split_column}' is empty. Choose another split.")
+    if len(dataset.rows(split_column, split)) == 0:
+        raise DatasetError(f"{dataset.root}: split '{split}' of '{split_column}' is empty. Choose another split.")
     return dataset
 
 
-def check_classes(recipe: Recipe, dataset: Dataset) -> None:
+def worker_dataset(root: Path, fingerprint: object) -> Dataset:
+    """A dataset for one rank. Raises DatasetError when it is not the one that the driver opened: all ranks must see the same items."""
+    dataset = Dataset.open(root)
+    if dataset.info.fingerprint != fingerprint:
+        raise DatasetError(
+            f"{dataset.root} was changed while a command worked with it: its fingerprint is {dataset.info.fingerprint}, was {fingerprint}. "
+            "Take its overlays back ('posmlp data exclude --undo', 'posmlp data relabel --undo') to go on with the same command."
+        )
+    return dataset
+
+
+def check_classes(recipe: Recipe, dataset: Dataset, mixture: Mixture | None = None) -> None:
     """Raises DatasetError where the recipe's splits cannot teach what they ask for: no validation videos, or a class without training ones.
 
-    Before training, which may take days, and not after it.
+    Before training, which may take days, and not after it. mixture: of `dataset` with the others that are trained on.
     """
     column, train, val = recipe.data.split_column, recipe.data.train_split, recipe.data.val_split
     labels = dataset.column("label")
     parts = {train: train_rows(recipe, dataset), val: dataset.rows(column, val)}
     found = {split: labels[rows].astype(np.int64) for split, rows in parts.items()}
     counts = {split: np.bincount(values, minlength=len(dataset.info.classes)) for split, values in found.items()}
+    for place, each in enumerate(recipe.data.mix, 1):
+        assert mixture is not None
+        taught = mixture.labels(place)[mixture.parts[place].rows(each.split_column, each.train_split)]
+        counts[train] = counts[train] + np.bincount(taught, minlength=len(dataset.info.classes))
     if not counts[val].any():
         raise DatasetError(
             f"{dataset.root}: split '{val}' of '{column}' is empty. Set data.val_split; '{train}' evaluates on what was learned."

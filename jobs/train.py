@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-
 from cluster import lease
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.errors import ClusterError, StoppedError
@@ -26,8 +23,9 @@ from jobs.fit import is_out_of_memory, out_of_memory, remembered, solved, with_r
 from jobs.profiling import StepProfiler
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
-from jobs.run_folder import check_classes, checkpoints, identity, newest_checkpoint, open_dataset, prepare, total_steps, train_rows
+from jobs.run_folder import check_classes, checkpoints, epoch_length, identity, newest_checkpoint, prepare, total_steps
 from jobs.run_log import RankLog, damage_before, follow
+from jobs.train_data import TrainData, open_checked_data, open_worker_data
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
 
@@ -48,9 +46,10 @@ def run(recipe: Recipe) -> int:
     from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
 
     end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
-    dataset = open_dataset(recipe, recipe.data.train_split)
-    check_classes(recipe, dataset)
-    steps = total_steps(recipe, len(train_rows(recipe, dataset)))
+    data = open_checked_data(recipe)
+    dataset = data.dataset
+    check_classes(recipe, dataset, data.mixture)
+    steps = total_steps(recipe, len(data.rows[0]))
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
     recipe = solved(recipe, len(dataset.info.classes))
@@ -65,7 +64,7 @@ def run(recipe: Recipe) -> int:
             train = partial(
                 launch,
                 "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json"), "end": end},
+                {"recipe": recipe.model_dump(mode="json"), "end": end, "datasets": data.fingerprints},
                 run_dir=recipe.run_dir,
                 num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
                 options=recipe.launch,
@@ -120,9 +119,9 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
 
     recipe = parse_recipe(payload["recipe"], where="the run's recipe")
     run_as = with_recomputation(recipe)  # the same numbers; what is saved and compared stays the recipe's
-    dataset = Dataset.open(recipe.dataset_dir)
-    rows = train_rows(recipe, dataset)
-    steps, micro_batches = total_steps(recipe, len(rows)), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
+    data = open_worker_data(recipe, payload["datasets"])
+    dataset = data.dataset
+    steps, micro_batches = total_steps(recipe, len(data.rows[0])), num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
     store = checkpoints(recipe)
     # Rank 0 looks and the others follow: a checkpoint damaged or committed between two looks must not split the gang.
     newest = newest_checkpoint(recipe, dataset) if worker.rank == 0 else None
@@ -149,8 +148,8 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         _leave(recipe, saver, log, start, steps)
     with (
         Loader(
-            dataset,
-            _requests(recipe, dataset, rows, worker, start, steps),
+            data.source,
+            _requests(recipe, data, worker, start, steps),
             micro_batch=recipe.train.micro_batch,
             clip=recipe.clip,
             augment=recipe.augment,
@@ -176,7 +175,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
                 raise
             seconds = time.perf_counter() - began
             profiler.after(step + 1)
-            log.step(step + 1, result, seconds, len(rows))
+            log.step(step + 1, result, seconds, epoch_length(recipe, len(data.rows[0])))
             deadline.step(seconds)
             heartbeat()
             due = chooser.due(step + 1)
@@ -245,14 +244,13 @@ def _counted(recipe: Recipe, worker: Worker, start: int) -> tuple[int, int]:
     return start * size // worker.world_size, len(mine)
 
 
-def _requests(
-    recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32], worker: Worker, start: int, steps: int
-) -> "Iterator[MicroBatchRequest]":
+def _requests(recipe: Recipe, data: TrainData, worker: Worker, start: int, steps: int) -> "Iterator[MicroBatchRequest]":
     from pipeline.requests import train_requests
 
     return train_requests(
-        dataset,
-        rows,
+        data.source,
+        data.rows,
+        weights=data.weights,
         seed=recipe.run.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,

@@ -1,6 +1,5 @@
-"""posmlp data validate: every checksum, every tar member, and the index against the bytes. Reads everything, changes nothing."""
+"""posmlp data validate: every checksum, every tar member, index and overlays against the bytes. Reads everything, changes nothing."""
 
-import hashlib
 import json
 import tarfile
 import zlib
@@ -13,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from jobs.progress import Progress
+from pipeline import overlay
+from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
 from pipeline.index import SPLIT_PREFIX, Dataset, Item, ShardInfo, index_schema, read_info
 
@@ -42,12 +43,12 @@ def run(root: Path) -> list[Problem]:
     """All problems of a dataset, in the order of its files. Raises DatasetError when there is no dataset.json to compare with."""
     info = read_info(root)
     try:
-        dataset = Dataset.open(root)
+        dataset = Dataset.open(root, overlays=False)
     except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
         dataset = Dataset(root, info, index_schema(list(info.splits)).empty_table())
         problems = [_problem(info.index_file, "", "index", "as built", str(error))]
     else:
-        problems = _of_index(dataset)
+        problems = [*_of_index(dataset), *_of_likeness(dataset), *_of_overlays(dataset)]
     shards = info.shards
     with (
         Progress("validating", total=sum(shard.size for shard in shards) >> 20, unit="MiB") as progress,
@@ -63,8 +64,7 @@ def run(root: Path) -> list[Problem]:
 def _of_index(dataset: Dataset) -> list[Problem]:
     problems = []
     index = dataset.info.index_file
-    with (dataset.root / index).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(dataset.root / index)
     if digest != dataset.info.index_sha256:
         problems.append(_problem(index, "", "SHA-256 (altered, or of another build)", dataset.info.index_sha256, digest))
     info = dataset.info
@@ -90,6 +90,32 @@ def _of_index(dataset: Dataset) -> list[Problem]:
     return problems
 
 
+def _of_likeness(dataset: Dataset) -> list[Problem]:
+    """The digests by which duplicates are found; datasets that were built without them have none."""
+    file, expected = dataset.info.likeness_file, dataset.info.likeness_sha256
+    path = dataset.root / file
+    if not expected:
+        return []
+    if not path.is_file():
+        return [_problem(file, "", "file", "present", "no such file")]
+    digest = sha256_of(path)
+    return [] if digest == expected else [_problem(file, "", "SHA-256", expected, digest)]
+
+
+def _of_overlays(dataset: Dataset) -> list[Problem]:
+    """Each overlay by itself, and that each file in their folder is one."""
+    problems = []
+    folder = dataset.root / overlay.FOLDER
+    labels = dataset.column("label").astype(np.int32, copy=False)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = f"{overlay.FOLDER}/{path.name}"
+        try:
+            overlay.combine([overlay.read_file(path)], dataset.table.column("key"), labels, len(dataset.info.classes))
+        except DatasetError as error:
+            problems.append(_problem(name, "", "overlay", "as it was written, for this dataset", str(error)))
+    return problems
+
+
 def _of_shard(dataset: Dataset, number: int) -> Iterator[Problem]:
     shard = dataset.info.shards[number]
     path = dataset.root / shard.file
@@ -99,8 +125,7 @@ def _of_shard(dataset: Dataset, number: int) -> Iterator[Problem]:
     size = path.stat().st_size
     if size != shard.size:
         yield _problem(shard.file, "", "size in bytes", str(shard.size), str(size))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if digest != shard.sha256:
         yield _problem(shard.file, "", "SHA-256", shard.sha256, digest)
     if len(dataset):

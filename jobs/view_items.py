@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from jobs import quarantine_list
 from pipeline.errors import SampleError
 from pipeline.index import SPLIT_PREFIX, Dataset
+from pipeline.overlay import Kind
 from pipeline.reader import Reader
 
 PAGE = 24  # items of a page
@@ -30,16 +31,23 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """label: index into the classes. split: (column, code), code -1 for items in none. text: part of the key or source, in any case."""
+    """label: index into the classes. split: (column, code), code -1 for items in none. text: part of the key or source, in any case.
+
+    overlay: "exclude" for items that are left out, "relabel" for items with another label than they were built with, "" for any.
+    """
 
     label: int | None = None
     split: tuple[str, int] | None = None
     text: str = ""
+    overlay: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What is shown of an item. splits: of every split column that it is in. damage: what is wrong with its bytes, "" when nothing is."""
+    """What is shown of an item. splits: of every split column that it is in. damage: what is wrong with its bytes, "" when nothing is.
+
+    changed: what overlays say of it, "" when nothing.
+    """
 
     row: int
     key: str
@@ -58,6 +66,7 @@ class Row:
     height: int
     codec: str
     damage: str
+    changed: str
 
     @property
     def seconds(self) -> float:
@@ -91,7 +100,7 @@ class Items:
     def __init__(self, root: Path) -> None:
         self.dataset = Dataset.open(root)
         self.info = self.dataset.info
-        self._table = pa.ipc.open_file(pa.memory_map(str(root / self.info.index_file))).read_all()
+        self._table = self.dataset.table
         self._reader = Reader(root)
         self._found: Cache[npt.NDArray[np.uint32]] = Cache(CACHED_FILTERS, lambda _: 1)
         self._videos: Cache[bytes] = Cache(CACHED_BYTES, len)
@@ -114,6 +123,13 @@ class Items:
             mask &= self.dataset.column("label") == wanted.label
         if wanted.split is not None:
             mask &= self.dataset.column(SPLIT_PREFIX + wanted.split[0]) == wanted.split[1]
+            if wanted.split[1] >= 0:
+                mask[self.dataset.overlay.excluded] = False
+        if wanted.overlay:
+            rows = self.dataset.overlay.excluded if wanted.overlay == Kind.EXCLUDE else self.dataset.overlay.relabelled
+            there = np.zeros(len(self), dtype=np.bool_)
+            there[rows] = True
+            mask &= there
         if wanted.text:
             for begin in range(0, len(mask), BLOCK):
                 block = self._table.slice(begin, BLOCK)
@@ -125,13 +141,24 @@ class Items:
         """All that is shown of row `number`, which exists; its bytes are read and checked."""
         cells = {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
         splits = {column: names[code] for column, names in self.info.splits.items() if (code := cells.pop(SPLIT_PREFIX + column)) >= 0}
+        built = cells["label"]
+        cells["label"] = self.dataset.overlay.label(number, built)
+        changed = self._changed(number, cells["label"], built)
         cells |= {"label": self.info.classes[cells["label"]], "shard": self.info.shards[cells["shard"]].file}
         try:
             self.video(number)
             damage = ""
         except SampleError as error:
             damage = str(error)
-        return Row(row=number, splits=splits, damage=damage, **cells)
+        return Row(row=number, splits=splits, damage=damage, changed=changed, **cells)
+
+    def _changed(self, number: int, label: int, built: int) -> str:
+        """Of the newest file that says so."""
+        for each in reversed(self.dataset.overlay.files):
+            if number in each.rows and (each.kind == Kind.EXCLUDE or label != built):
+                text = "left out" if each.kind == Kind.EXCLUDE else f"built as {self.info.classes[built]}"
+                return f"{text}{f': {each.reason}' if each.reason else ''} ({each.file})"
+        return ""
 
     def video(self, number: int) -> bytes:
         """The stored file of row `number`, checked. Raises SampleError when it is not the one that was built."""

@@ -12,12 +12,14 @@ from jobs.view_http import Answer
 from jobs.view_items import PAGE, Filter, Items
 from jobs.view_tensor import Slot, Training, png
 from pipeline.errors import PipelineError, SampleError
+from pipeline.overlay import Kind
 
 MAX_TEXT = 200  # characters of a search
 NUMBER = re.compile(r"[0-9]{1,15}")
 NUM_USES = 8  # epochs of which an item's page says when it is shown
 KINDS = {"h264": "video/mp4", "hevc": "video/mp4", "av1": "video/mp4", "vp9": "video/mp4", "mjpeg": "video/mp4", "mpeg4": "video/mp4"}
 
+OVERLAYS = {Kind.EXCLUDE.value: "left out", Kind.RELABEL.value: "relabelled"}
 NAMES = {  # of clip parameters, for people
     "roi": "Crop (y0, x0, y1, x1)", "flip": "Mirrored", "operations": "RandAugment", "colour": "Brightness, contrast, saturation, hue",
     "erased": "Erased (t0, y0, x0, t1, y1, x1)", "noise": "Noise's seed, position, view",
@@ -76,7 +78,7 @@ class DatasetPages:
         wanted = self._filter(query)
         number = _number(query, "page")
         num, rows = self._items.page(wanted, number)
-        chosen = {name: query[name] for name in ("q", "class", "split") if query.get(name)}
+        chosen = {name: query[name] for name in ("q", "class", "split", "overlay") if query.get(name)}
         return self._render(
             "list",
             self._name,
@@ -84,6 +86,7 @@ class DatasetPages:
             classes=info.classes,
             splits=splits,
             several=len(info.splits) > 1,
+            overlays=OVERLAYS if self._items.dataset.overlay.files else {},
             chosen=chosen,
             first=number * PAGE,
             num=num,
@@ -102,7 +105,9 @@ class DatasetPages:
             if column not in info.splits or code not in {str(each) for each in range(-1, len(info.splits[column]))}:
                 raise _RefusedError(400, "split: there is no such split.")
             split = (column, int(code))
-        return Filter(label=label, split=split, text=_text(query))
+        if query.get("overlay") and query["overlay"] not in OVERLAYS:
+            raise _RefusedError(400, f"overlay: expected one of {', '.join(OVERLAYS)}.")
+        return Filter(label=label, split=split, text=_text(query), overlay=query.get("overlay", ""))
 
     def _out(self, query: Mapping[str, str]) -> Answer:
         number, reason = _number(query, "page"), query.get("reason", "")

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from cluster.topology import num_micro_batches
 from jobs.recipe import Recipe
-from jobs.run_folder import total_steps, train_rows
+from jobs.run_folder import epoch_length, total_steps
+from jobs.train_data import open_data
 from jobs.view_items import Cache
 from pipeline.index import Dataset
 from pipeline.options import AugmentOptions
-from pipeline.order import Order
+from pipeline.order import MixedOrder
 
 CACHED_BYTES = 256 << 20
 
@@ -61,12 +62,15 @@ class Seen:
 
 
 class Training:
-    """The stream of `recipe` over `dataset`. Raises DatasetError when the dataset lacks the recipe's split, or it is empty."""
+    """The stream of `recipe` over `dataset`, which is data.dir's of a mixture.
+
+    Raises DatasetError when the dataset lacks the recipe's split, or it is empty.
+    """
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
-        self.recipe, self._dataset = recipe, dataset
-        self.rows = train_rows(recipe, dataset)
-        self._order = Order(recipe.run.seed, len(self.rows))
+        self.recipe, self._dataset, self._data = recipe, dataset, open_data(recipe, dataset)
+        self.rows = self._data.rows[0]
+        self._order = MixedOrder(recipe.run.seed, [len(rows) for rows in self._data.rows], self._data.weights)
         self.num_steps = total_steps(recipe, len(self.rows))
         self.num_micro = num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
         self._lock = threading.Lock()  # one graph at a time: each has threads and buffers of its own
@@ -74,7 +78,7 @@ class Training:
 
     def first_epoch(self, step: int) -> int:
         """The epoch in which `step` begins."""
-        return step * self.recipe.samples_per_step // len(self.rows)
+        return step * self.recipe.samples_per_step // epoch_length(self.recipe, len(self.rows))
 
     def uses(self, row: int, first_epoch: int, num: int) -> list[Use]:
         """Where `row` is shown in epochs [first_epoch, first_epoch + num); nowhere when it is not of the train split."""
@@ -82,7 +86,7 @@ class Training:
         if sample == len(self.rows) or self.rows[sample] != row:
             return []
         epochs = np.arange(first_epoch, first_epoch + num, dtype=np.uint64)
-        return [self._use(int(epoch), int(place)) for epoch, place in zip(epochs, self._order.positions(sample, epochs), strict=True)]
+        return [self._use(int(epoch), int(place)) for epoch, place in zip(epochs, self._order.positions(0, sample, epochs), strict=True)]
 
     def _use(self, epoch: int, position: int) -> Use:
         views = self.recipe.augment.repeats
@@ -103,11 +107,12 @@ class Training:
         options = replace(recipe.loader, decode="cpu", max_damaged=1.0)  # one micro-batch says nothing about a run's budget
         with self._lock:
             requests = train_requests(
-                self._dataset, self.rows, seed=recipe.run.seed, global_batch=recipe.train.global_batch, micro_batch=batch_size, rank=micro,
+                self._data.source, self._data.rows, weights=self._data.weights, seed=recipe.run.seed,
+                global_batch=recipe.train.global_batch, micro_batch=batch_size, rank=micro,
                 world_size=self.num_micro, start_step=step, end_step=step + 1, clip=recipe.clip, augment=recipe.augment,
             )  # fmt: skip
             with Loader(
-                self._dataset, requests, micro_batch=batch_size, clip=recipe.clip, augment=recipe.augment, options=options, threads=1,
+                self._data.source, requests, micro_batch=batch_size, clip=recipe.clip, augment=recipe.augment, options=options, threads=1,
                 on_damage="substitute",
             ) as loader:  # fmt: skip
                 batch = next(loader)

@@ -1,5 +1,6 @@
 """Files that exist whole or not at all: written and synced under a name of their own, then renamed, then the folder synced."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,3 +37,9 @@ def committed(path: Path) -> Iterator[BinaryIO]:
         commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.durable import committed
+from pipeline import duplicates, overlay
+from pipeline.durable import committed, sha256_of
 from pipeline.errors import DatasetError
+from pipeline.overlay import Overlay
 
 FORMAT_VERSION = 1
 SPLIT_PREFIX = "split:"  # a column per split column of the label file, int8 codes into DatasetInfo.splits
@@ -58,6 +60,7 @@ class DatasetInfo:
 
     splits: split column -> its names, in the order of the index's codes (-1 there: in none).
     build: the options that shaped the bytes. libraries: versions that did. generation: how often it was appended to.
+    likeness_sha256: of the digests by which duplicates are found, "" where it was built without them.
     """
 
     version: int = FORMAT_VERSION
@@ -73,6 +76,7 @@ class DatasetInfo:
     shards: list[ShardInfo]
     build: dict[str, object] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
+    likeness_sha256: str = ""
 
     @property
     def is_layered(self) -> bool:
@@ -82,6 +86,10 @@ class DatasetInfo:
     @property
     def index_file(self) -> str:
         return _generation_name("index.arrow", self.generation)
+
+    @property
+    def likeness_file(self) -> str:
+        return _generation_name("likeness.arrow", self.generation)
 
     @property
     def quarantine_file(self) -> str:
@@ -148,16 +156,23 @@ class Item:
 
 
 class Dataset:
-    """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views."""
+    """A built dataset, opened by memory map. Cheap to open per process; columns are zero-copy NumPy views.
 
-    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table) -> None:
+    Its overlays are applied: `info.fingerprint` is of both, labels are the corrected ones, and items that are left out are in no split.
+    They keep their rows: a row number means the same with and without.
+    """
+
+    def __init__(self, root: Path, info: DatasetInfo, table: pa.Table, overlay: Overlay | None = None) -> None:
         self.root = root
-        self.info = info
+        self.overlay = overlay or Overlay()
+        self.info = replace(info, fingerprint=self.overlay.fingerprint(info.fingerprint))
         self._table = table
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str]) -> Self:
-        """Raises DatasetError when `root` holds no finished dataset or its index does not fit its dataset.json."""
+    def open(cls, root: str | os.PathLike[str], *, overlays: bool = True) -> Self:
+        """overlays: False opens the dataset as it was built.
+
+        Raises DatasetError when `root` holds no finished dataset, or its index or an overlay does not fit its dataset.json."""
         root = Path(root)
         info = read_info(root)
         path = root / info.index_file
@@ -170,24 +185,58 @@ class Dataset:
         expected = [column.name for column in index_schema(list(info.splits))]
         if table.column_names != expected or table.num_rows != info.num_items:
             raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
-        return cls(root, info, table)
+        built = cls(root, info, table)
+        files = overlay.read_files(root) if overlays else []
+        if not files:
+            return built
+        labels = built.column("label").astype(np.int32, copy=False)
+        return cls(root, info, table, overlay.combine(files, table.column("key"), labels, len(info.classes)))
 
     @property
     def table(self) -> pa.Table:
-        """All rows, of `index_schema`."""
+        """All rows as they were built, of `index_schema`."""
         return self._table
+
+    def likeness(self) -> pa.Table | None:
+        """The digests of all rows and which are the same, see `duplicates.read_table`, mapped; None where there are none.
+
+        Raises DatasetError when they do not fit the index.
+        """
+        path = self.root / self.info.likeness_file
+        try:
+            table = duplicates.read_table(path) if self.info.likeness_sha256 else None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"{path} is damaged or missing ({error}). Run 'posmlp data validate {self.root}'.") from None
+        if table is not None and table.num_rows != len(self):
+            raise DatasetError(f"{path} has {table.num_rows} rows, expected {len(self)}. Run 'posmlp data validate {self.root}'.")
+        return table
+
+    @property
+    def num_kept(self) -> int:
+        """How many items no overlay leaves out."""
+        return len(self) - len(self.overlay.excluded)
+
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which items no overlay leaves out, (num_items,)."""
+        mask = np.ones(len(self), dtype=np.bool_)
+        mask[self.overlay.excluded] = False
+        return mask
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def column(self, name: str) -> npt.NDArray[np.generic]:
-        """A numeric column as a read-only array of shape (num_items,), without a copy."""
+        """A numeric column as an array of shape (num_items,), read-only and without a copy; a copy of corrected labels."""
         chunked = self._table.column(name)
         dtype = np.dtype(chunked.type.to_pandas_dtype())
         if chunked.num_chunks == 0:
             return np.empty(0, dtype=dtype)
         # Not `to_numpy`: it imports pandas, which takes half a second and 30 MB of every rank.
-        return np.frombuffer(chunked.chunk(0).buffers()[1], dtype=dtype, count=len(chunked))
+        values = np.frombuffer(chunked.chunk(0).buffers()[1], dtype=dtype, count=len(chunked))
+        if name == "label" and len(self.overlay.relabelled):
+            values = values.copy()
+            values[self.overlay.relabelled] = self.overlay.labels
+        return values
 
     def text(self, name: str, row: int) -> str:
         """One cell of a text column."""
@@ -195,11 +244,16 @@ class Dataset:
 
     def item(self, row: int) -> Item:
         values = {name: self._table.column(name)[row].as_py() for name in Item.__dataclass_fields__ if name not in ("row", "shard_file")}
+        values["label"] = self.overlay.label(row, values["label"])
         shard = self.info.shards[self._table.column("shard")[row].as_py()]
         return Item(row=row, shard_file=shard.file, **values)
 
+    def part(self, row: int) -> int:
+        """0, as the number of the only dataset in a mixture of one."""
+        return 0
+
     def rows(self, split_column: str, split: str) -> npt.NDArray[np.uint32]:
-        """Rows of one split, ascending, shape (n,). Raises DatasetError naming what there is instead."""
+        """Rows of one split without those left out, ascending, shape (n,). Raises DatasetError naming what there is instead."""
         names = self.info.splits.get(split_column)
         if names is None:
             raise DatasetError(
@@ -209,8 +263,9 @@ class Dataset:
             raise DatasetError(
                 f"{self.root}: split column '{split_column}' has {names}, not '{split}'. Set data.train_split or data.val_split."
             )
-        codes = self.column(SPLIT_PREFIX + split_column)
-        return np.flatnonzero(codes == names.index(split)).astype(np.uint32)
+        wanted = self.column(SPLIT_PREFIX + split_column) == names.index(split)
+        wanted[self.overlay.excluded] = False
+        return np.flatnonzero(wanted).astype(np.uint32)
 
 
 def _generation_name(name: str, generation: int) -> str:
@@ -240,5 +295,4 @@ def write_index(path: Path, tables: Iterable[pa.Table]) -> tuple[str, int]:
     whole = pa.concat_tables(tables).combine_chunks()
     with committed(path) as file, pa.ipc.new_file(file, whole.schema.remove_metadata()) as writer:
         writer.write_table(whole.replace_schema_metadata(None))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
+    return sha256_of(path), path.stat().st_size

@@ -26,6 +26,7 @@ from pipeline.dali import CPU_CODECS, Graph, GraphError
 from pipeline.errors import BudgetError, DecodeError, PipelineError, SampleError
 from pipeline.index import Dataset, Item
 from pipeline.keyed import ClipParameters
+from pipeline.mixture import Mixture
 from pipeline.options import AugmentOptions, ClipOptions, LoaderOptions
 from pipeline.prefetch import Buffers, Room
 from pipeline.reader import Reader
@@ -115,7 +116,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Mixture,
         requests: Iterable[MicroBatchRequest],
         *,
         micro_batch: int,
@@ -133,7 +134,8 @@ class Loader:
         self._substitute, self._device = on_damage == "substitute", torch.device(device)
         self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
         self._planner, self._swapped = Planner(dataset, clip, augment), swapped_labels(dataset.info.classes, augment.flip_labels)
-        self._reader, self._buffers = Reader(dataset.root), Buffers()
+        parts = dataset.parts if isinstance(dataset, Mixture) else [dataset]
+        self._readers, self._buffers = [Reader(part.root) for part in parts], Buffers()
         num_threads = options.threads or threads
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
         self._graph = Graph(batch=micro_batch, augment=augment, decode=self._encoded, device_id=self._device_id, threads=num_threads)
@@ -191,8 +193,8 @@ class Loader:
         return 3 * self._clip.num_frames * (int((width * height).sum()) + 4 * len(request.rows) * self._augment.size**2)
 
     def _submit(self, request: MicroBatchRequest) -> list[Future[_Sample]]:
-        if self._substitute and request.pool is None:
-            raise ValueError("requests without a pool: got on_damage='substitute', expected 'report'")
+        if self._substitute and request.pools is None:
+            raise ValueError("requests without pools: got on_damage='substitute', expected 'report'")
         views = request.views
         rows, positions, valid = (array[::views].tolist() for array in (request.rows, request.positions, request.valid))
         parameters = (request.parameters[i : i + views] for i in range(0, len(request.parameters), views))
@@ -220,7 +222,7 @@ class Loader:
         if self._encoded and self._device_id is None and item.codec not in CPU_CODECS:
             expected = f"one of {sorted(CPU_CODECS)}, which DALI decodes without a GPU, or decoder='pyav'"
             raise PipelineError(f"video '{item.key}' in {item.shard_file}: got codec {item.codec}, expected {expected}")
-        data = self._reader.read(item)
+        data = self._readers[self._dataset.part(item.row)].read(item)
         if self._encoded:
             frames = np.frombuffer(data, dtype=np.uint8)
         else:
@@ -236,9 +238,10 @@ class Loader:
     def _replaced(self, request: MicroBatchRequest, sample: _Sample, error: SampleError) -> _Sample:
         """What stands in the place of a damaged sample: another one, the same whenever and wherever it is drawn."""
         errors = (*sample.errors, error)
-        position, pool = sample.position, request.pool
-        if not self._substitute or pool is None:
+        position, pools = sample.position, request.pools
+        if not self._substitute or pools is None:
             return _Sample(item=sample.item, position=position, parameters=sample.parameters, data=None, errors=errors)
+        pool = pools[self._dataset.part(sample.item.row)]  # so that a mixture's shares stay what they are
         while len(errors) <= SUBSTITUTES:  # the number of failures is the number of the next draw
             row = int(pool[keyed.substitute(request.seed, position, len(errors) - 1, len(pool))])
             parameters = [self._planner.training(row, seed=request.seed, position=position, view=v) for v in range(request.views)]
@@ -270,7 +273,7 @@ class Loader:
         damaged = [_damage(sample, error) for sample in samples for error in sample.errors]
         self._count(int(request.valid[:: request.views].sum()), sum(1 for sample in samples if sample.errors), damaged)
         slots = [(sample.item, parameters) for sample in samples for parameters in sample.parameters]
-        swapped = self._swapped if request.pool is not None else {}  # in evaluation the label is the video's, however it is shown
+        swapped = self._swapped if request.pools is not None else {}  # in evaluation the label is the video's, however it is shown
         turned = [swapped.get(item.label, item.label) if parameters.flip else item.label for item, parameters in slots]
         labels = torch.tensor(turned, dtype=torch.int64).to(self._device)
         mix = request.mix
@@ -347,7 +350,8 @@ class Loader:
         if self._producer is not None:
             self._producer.join()
         self._graph.close()
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
 
     def __enter__(self) -> Self:
         return self

@@ -27,11 +27,12 @@ from av.video.reformatter import ColorRange
 
 from pipeline.canonical import Timed, resample, within
 from pipeline.errors import PipelineError
+from pipeline.likeness import Likeness
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.picture import CanonicalPicture, Recolour
 from pipeline.quarantine import Reason, RejectedError
 from pipeline.source_pictures import are_pictures, read_pictures
-from pipeline.source_video import DEFAULT_RATE, SourceFacts, read_video
+from pipeline.source_video import DEFAULT_RATE, SourceFacts, digest_of, read_video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class MediaReport:
     """The canonical video as written: its frames, counted; its rate; width and height in pixels; size in bytes; and its source.
 
     source_frames: frames decoded within the wanted window; differs from num_frames only when resampled by time.
+    source_digest, content: what `likeness` compares, in hexadecimal digits.
     """
 
     num_frames: int
@@ -49,6 +51,8 @@ class MediaReport:
     size: int
     source_frames: int
     source: SourceFacts
+    source_digest: str
+    content: str
 
 
 def verify_and_transcode(
@@ -78,7 +82,8 @@ def verify_and_transcode(
         if first is None:
             raise RejectedError(Reason.NO_FRAMES)
         canonical = CanonicalPicture(first.frame, reading.aspect, encode.short_side)
-        pictures = (canonical(each.frame) for each in chain([first], frames))
+        likeness = Likeness()
+        pictures = (_noted(canonical(each.frame), likeness) for each in chain([first], frames))
         try:
             written = _encode(destination, pictures, (canonical.width, canonical.height), rate, encode)
         except av.error.FFmpegError as error:
@@ -95,7 +100,16 @@ def verify_and_transcode(
         size=destination.stat().st_size,
         source_frames=decoded.count,
         source=reading.facts,
+        source_digest=digest_of(reading.files, start_s, end_s).hex(),
+        content=likeness.digest().hex(),
     )
+
+
+def _noted(picture: VideoFrame, likeness: Likeness) -> VideoFrame:
+    """The picture, after `likeness` has seen it."""
+    luma = picture.planes[0]
+    likeness.add(np.frombuffer(memoryview(luma), np.uint8).reshape(luma.height, luma.line_size)[:, : luma.width])
+    return picture
 
 
 def write_video(path: Path, frames: Iterable[npt.NDArray[np.uint8]], fps: float, encode: EncodeOptions) -> int:

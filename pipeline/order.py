@@ -4,9 +4,15 @@ Training is one endless stream of positions. Position p belongs to epoch p div N
 every epoch shows each of the N samples once and no permutation is ever stored. The bijection is an alternating Feistel network
 on the smallest power of two that holds N; values that fall outside [0, N) walk along their cycle until they are inside
 ("cycle walking"; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Less than two walks are expected.
+
+A mixture of datasets is the same, twice: a fixed pattern deals positions to datasets in the proportion of their weights, and each dataset
+is walked through by an order of its own. So each of its epochs shows each of its samples once, and the state is still one position.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +20,7 @@ import numpy.typing as npt
 
 ORDER_VERSION = 1  # a run may only resume under the version it started with
 ROUNDS = 8
+MAX_TURNS = 10_000  # of the weights' sum, in lowest terms: the pattern's length
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 
@@ -96,3 +103,52 @@ class Order:
             else:
                 high = high ^ (mix(low + key) & high_mask)
         return (high << low_bits) | low
+
+
+class MixedOrder:
+    """The order of several datasets of `num_samples` samples each, mixed by whole `weights` (at least 1), under `seed`.
+
+    Dataset d has exactly weights[d] of every sum(weights) positions, and in any window its share to within the number of datasets. The
+    first is walked through as it would be alone, the others under seeds of their own. Raises ValueError for what does not fit.
+    """
+
+    def __init__(self, seed: int, num_samples: Sequence[int], weights: Sequence[int]) -> None:
+        if len(num_samples) != len(weights) or not weights or min(weights) < 1:
+            raise ValueError(f"weights: got {list(weights)}, expected {len(num_samples)} whole numbers from 1")
+        common = math.gcd(*weights)
+        self._weights = np.array([weight // common for weight in weights], dtype=np.uint64)
+        self._num_turns = int(self._weights.sum())
+        if self._num_turns > MAX_TURNS:
+            raise ValueError(f"weights: got {list(weights)}, expected a sum of at most {MAX_TURNS} in lowest terms")
+        own = [seed, *mix(np.arange(1, len(weights), dtype=np.uint64) * np.uint64(_GOLDEN) ^ np.uint64(seed)).tolist()]
+        self._orders = [Order(seed, num) for seed, num in zip(own, num_samples, strict=True)]
+        self._turns = _turns(self._weights.tolist())  # which dataset, by place in the pattern
+        self._places = [np.flatnonzero(self._turns == part).astype(np.uint64) for part in range(len(weights))]
+        self._before = np.zeros(self._num_turns, dtype=np.uint64)  # how many of the same dataset stand before it in the pattern
+        for places in self._places:
+            self._before[places] = np.arange(len(places), dtype=np.uint64)
+
+    def locate(self, positions: npt.NDArray[np.uint64] | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Words, Words]:
+        """(datasets, epochs, samples) at `positions` (any shape, each at least 0), each of its shape; epochs are of the dataset itself."""
+        if positions.dtype.kind not in "iu" or (positions.size and positions.min() < 0):
+            raise ValueError(f"positions: got negative or {positions.dtype} values, expected integers from 0")
+        rounds, places = np.divmod(positions.astype(np.uint64), np.uint64(self._num_turns))
+        parts = self._turns[places]
+        own = rounds * self._weights[parts] + self._before[places]
+        epochs, samples = np.empty_like(own), np.empty_like(own)
+        for part, order in enumerate(self._orders):
+            mine = parts == part
+            epochs[mine], samples[mine] = order.locate(own[mine])
+        return parts, epochs, samples
+
+    def positions(self, part: int, sample: int, epochs: npt.NDArray[np.uint64]) -> Words:
+        """Where `sample` of dataset `part` is shown in each of its `epochs` (n,): the inverse of `locate`. uint64 (n,)."""
+        own = self._orders[part].positions(sample, epochs)
+        rounds, before = np.divmod(own, self._weights[part])
+        return rounds * np.uint64(self._num_turns) + self._places[part][before]
+
+
+def _turns(weights: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The pattern, (sum(weights),): each dataset's turns in the middles of equal parts of it, so that all are spread evenly."""
+    middles = [(Fraction(2 * turn + 1, weight), part) for part, weight in enumerate(weights) for turn in range(weight)]
+    return np.array([part for _, part in sorted(middles)], dtype=np.int64)

@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 MIN_SIDE = 16  # pixels of a side; smaller videos are refused
+MAX_STREAMS = 64  # of video, sound, subtitles and data in one file
 
 
 class Reason(StrEnum):
@@ -13,6 +14,7 @@ class Reason(StrEnum):
     READ_FAILED = "read_failed"
     TOO_MANY_BYTES = "too_many_bytes"
     NOT_A_VIDEO = "not_a_video"
+    TOO_MANY_STREAMS = "too_many_streams"
     NO_VIDEO_STREAM = "no_video_stream"
     UNSUPPORTED_CODEC = "unsupported_codec"
     TOO_SMALL = "too_small"
@@ -41,6 +43,7 @@ _REASON_TEXTS = {
     Reason.READ_FAILED: "the storage failed while it was read; the same build command tries it again",
     Reason.TOO_MANY_BYTES: "the file is larger than limits.max_bytes",
     Reason.NOT_A_VIDEO: "no video container that we open: text, an image list, a playlist, or a damaged header",
+    Reason.TOO_MANY_STREAMS: f"it has more than {MAX_STREAMS} streams of video, sound, subtitles and data",
     Reason.NO_VIDEO_STREAM: "it holds sound or subtitles, but no video",
     Reason.UNSUPPORTED_CODEC: "there is no decoder for its video",
     Reason.TOO_SMALL: f"a side has less than {MIN_SIDE} pixels",

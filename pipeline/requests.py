@@ -16,8 +16,9 @@ from pipeline.augmentation import Mix, draw_augmentation, draw_mix
 from pipeline.errors import DatasetError
 from pipeline.index import Dataset
 from pipeline.keyed import MIDDLE, ClipParameters, View, clip_parameters, view_parameters
+from pipeline.mixture import Mixture
 from pipeline.options import AugmentOptions, ClipOptions
-from pipeline.order import Order
+from pipeline.order import MixedOrder
 
 Rows: TypeAlias = npt.NDArray[np.uint32]
 
@@ -29,9 +30,10 @@ class MicroBatchRequest:
     step: the optimizer step (training), or the round of all ranks (evaluation). micro: number of the micro-batch within its global
     batch (training) or within all evaluated views; -1 for one that only keeps the ranks in step. rows: (B,) rows of the index.
     positions: (B,) in the training stream, or (evaluation) i * V + v for view v of V of the i-th evaluated row. parameters: B of them.
-    valid: (B,), False where a slot only fills up. seed, pool: what substitutes are drawn by and from; `pool` is None where nothing
-    may be substituted, which is evaluation. views: slots come in runs of so many that share row, position, frames and validity, and are
-    decoded once. mix: how the micro-batch's clips are mixed when they are done; None: not.
+    valid: (B,), False where a slot only fills up. seed, pools: what substitutes are drawn by and from, by the number of the dataset in
+    which the damaged sample lies; `pools` is None where nothing may be substituted, which is evaluation. views: slots come in runs of so
+    many that share row, position, frames and validity, and are decoded once. mix: how the micro-batch's clips are mixed when they are
+    done; None: not.
     """
 
     step: int
@@ -41,7 +43,7 @@ class MicroBatchRequest:
     parameters: list[ClipParameters]
     valid: npt.NDArray[np.bool_]
     seed: int = 0
-    pool: Rows | None = None
+    pools: Sequence[Rows] | None = None
     views: int = 1
     mix: Mix | None = None
 
@@ -61,8 +63,9 @@ class Planner:
     Raises DatasetError where the clips need a base layer and the dataset's videos have none.
     """
 
-    def __init__(self, dataset: Dataset, clip: ClipOptions, augment: AugmentOptions) -> None:
-        check_base_layer(dataset, clip)
+    def __init__(self, dataset: Dataset | Mixture, clip: ClipOptions, augment: AugmentOptions) -> None:
+        for part in dataset.parts if isinstance(dataset, Mixture) else [dataset]:
+            check_base_layer(part, clip)
         self._clip, self._augment = clip, augment
         self._columns = [dataset.column(name) for name in ("begin", "end", "fps", "width", "height")]
 
@@ -93,9 +96,10 @@ class Planner:
 
 
 def train_requests(
-    dataset: Dataset,
-    rows: Rows,
+    dataset: Dataset | Mixture,
+    rows: Rows | Sequence[Rows],
     *,
+    weights: Sequence[int] = (1,),
     seed: int,
     global_batch: int,
     micro_batch: int,
@@ -107,6 +111,8 @@ def train_requests(
     augment: AugmentOptions,
 ) -> Iterator[MicroBatchRequest]:
     """What `rank` runs in steps [start_step, end_step), in order; `rows` (n,) are the samples of the order, at least one.
+
+    Of a mixture, `rows` are those of each of its datasets, and `weights` their shares.
 
     Step k is positions [k*B, (k+1)*B) of the endless stream with B = global_batch; its micro-batch m is b = micro_batch of them from
     k*B + m*b, and rank r runs m = r, r + world_size, ... With V = augment.repeats views of each sample, B and b are global_batch and
@@ -121,12 +127,16 @@ def train_requests(
     if micro_batch % views:
         raise ValueError(f"augment.repeats: got {views}, expected a divisor of the micro-batch ({micro_batch})")
     _check_rank(rank, world_size)
-    order, planner = Order(seed, len(rows)), Planner(dataset, clip, augment)
+    pools = [rows] if isinstance(rows, np.ndarray) else list(rows)
+    order, planner = MixedOrder(seed, [len(pool) for pool in pools], weights), Planner(dataset, clip, augment)
     for step in range(start_step, end_step):
         for micro in range(rank, global_batch // micro_batch, world_size):
             first = (step * global_batch + micro * micro_batch) // views
             positions = np.arange(first, first + micro_batch // views, dtype=np.int64).repeat(views)
-            chosen = rows[order.locate(positions)[1]]
+            parts, _, samples = order.locate(positions)
+            chosen = np.empty(len(positions), dtype=np.uint32)
+            for part, pool in enumerate(pools):
+                chosen[parts == part] = pool[samples[parts == part]]
             slots = zip(chosen.tolist(), positions.tolist(), itertools.cycle(range(views)), strict=False)
             yield MicroBatchRequest(
                 step=step,
@@ -136,7 +146,7 @@ def train_requests(
                 parameters=[planner.training(row, seed=seed, position=place, view=view) for row, place, view in slots],
                 valid=np.ones(micro_batch, dtype=np.bool_),
                 seed=seed,
-                pool=rows,
+                pools=pools,
                 views=views,
                 mix=draw_mix(augment.mix, augment.size, positions, views=views, seed=seed) if augment.mix else None,
             )

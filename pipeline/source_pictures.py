@@ -48,6 +48,7 @@ def read_pictures(path: Path, limits: LimitOptions, fps: float | None, num_frame
     first, facts = _decoded(files[0], limits)
     frames = chain([first], (_like(first, file, limits) for file in files[1:]))
     yield Reading(
+        files=files,
         facts=SourceFacts(
             container="frames" if path.is_dir() else "image",
             codec=facts.codec,

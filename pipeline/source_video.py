@@ -5,7 +5,7 @@ Videos are untrusted input: local files only, of formats that refer to no other 
 
 import errno
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,8 +18,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipeline.canonical import Timed
+from pipeline.likeness import joined_digest, source_digest
 from pipeline.options import LimitOptions
-from pipeline.quarantine import MIN_SIDE, Reason, RejectedError
+from pipeline.quarantine import MAX_STREAMS, MIN_SIDE, Reason, RejectedError
 
 DEFAULT_RATE = Fraction(25)
 RATES = (Fraction(1, 10), Fraction(1000))  # a stated rate outside is not believed
@@ -50,8 +51,9 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A source that is being decoded. aspect: of a pixel, width to height. frames: in order, with their times from 0."""
+    """A source being decoded. files: all of it. aspect: of a pixel, width to height. frames: in order, with their times from 0."""
 
+    files: Sequence[Path]
     facts: SourceFacts
     aspect: Fraction
     frames: Iterator[Timed[VideoFrame]]
@@ -66,7 +68,7 @@ def read_video(path: Path, limits: LimitOptions) -> Iterator[Reading]:
         refuse_truncated(container, stream, facts.size)
         period = 1 / Fraction(facts.fps).limit_denominator(1001)
         frames = timed(decode(container, stream, limits), stream, period)
-        yield Reading(facts=facts, aspect=stream.sample_aspect_ratio or Fraction(1), frames=frames)
+        yield Reading(files=[path], facts=facts, aspect=stream.sample_aspect_ratio or Fraction(1), frames=frames)
 
 
 def probe(path: Path, limits: LimitOptions) -> SourceFacts:
@@ -104,6 +106,18 @@ class _File:
 
     def close(self) -> None:
         self._file.close()
+
+
+def digest_of(files: Sequence[Path], start_s: float | None, end_s: float | None) -> bytes:
+    """`likeness.source_digest` of a video, or of the frames of a folder. Raises RejectedError when one of them cannot be read."""
+    digests = []
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                digests.append(source_digest(file, start_s, end_s))
+    except OSError as error:
+        raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None
+    return joined_digest(digests)
 
 
 @contextmanager
@@ -154,6 +168,8 @@ def _open_container(file: _File, limits: LimitOptions, format: str | None) -> In
 
 def video_stream(container: InputContainer, limits: LimitOptions) -> VideoStream:
     """The first video stream that is no cover picture, ready to decode on one thread; all other streams are skipped."""
+    if len(container.streams) > MAX_STREAMS:  # FFmpeg itself stops at 1000, as out of memory
+        raise RejectedError(Reason.TOO_MANY_STREAMS, f"{len(container.streams)} streams")
     picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     videos = [stream for stream in container.streams.video if not stream.disposition & picture]
     if not videos:

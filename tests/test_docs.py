@@ -44,6 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     official: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
     something: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     lines: dict[str, list[str]] = {"train": [], "val": []}
+    keys = [row["path"].removesuffix(".mp4") for row in rows]
+    (home / "bad.txt").write_text(f"{keys[0]}\n")
+    write_labels(home / "corrected.csv", [{"key": keys[1], "label": rows[2]["label"]}])
     for number, row in enumerate(rows):
         name = f"abcdefgh{number:03d}"
         copy(videos / row["path"], home / "kinetics" / "videos" / row["label"] / f"{name}_000010_000020.mp4")

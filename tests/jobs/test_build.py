@@ -88,7 +88,9 @@ def test_what_is_in(built: Path, tmp_path: Path) -> None:
             (tmp_path / "video.mp4").write_bytes(file.read(item.size))
         assert [read_number(frame) for frame in frames_of(tmp_path / "video.mp4")] == list(range(100 * number, 100 * number + 10 + number))
         assert (item.num_frames, item.label, dataset.text("source", row)) == (10 + number, number % 3, f"{item.key}.mp4")
-    assert sorted(path.name for path in built.iterdir()) == [".build.lock", "dataset.json", "index.arrow", "quarantine.parquet", "shards"]
+    assert sorted(path.name for path in built.iterdir()) == [
+        ".build.lock", "dataset.json", "index.arrow", "likeness.arrow", "quarantine.parquet", "shards",
+    ]  # fmt: skip
 
 
 def test_what_is_out(built: Path) -> None:

@@ -95,7 +95,8 @@ def test_options_and_the_exit_code(motion_dataset: Path, tmp_path: Path) -> None
     info = Dataset.open(motion_dataset).info
     other = altered(motion_dataset, tmp_path / "b", build={**info.build, "encode.gop": 7}, libraries={})
     shown = CliRunner().invoke(posmlp, ["data", "diff", str(motion_dataset), str(other)])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 3  # 1 is an error
+    assert CliRunner().invoke(posmlp, ["data", "diff", str(motion_dataset), str(tmp_path / "none")]).exit_code == 1
     assert f"option encode.gop: {info.build['encode.gop']} in A, 7 in B" in shown.output
     plain = CliRunner().invoke(posmlp, ["data", "diff", str(motion_dataset), str(other), "--json"])
     assert json.loads(plain.output)["options"] == {"encode.gop": [info.build["encode.gop"], 7]}

@@ -1,6 +1,7 @@
 """What is not in a dataset: counts first, every video with its reason, for people and for programs."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,3 +40,10 @@ def test_what_is_wanted_of_a_video_is_shown() -> None:
 def test_without_a_dataset_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no dataset"):
         quarantine_list.run(tmp_path)
+
+
+def test_every_reason_is_documented() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    part = page.partition("### Reasons in the quarantine list")[2].partition("\n## ")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", part, flags=re.MULTILINE))
+    assert listed == {reason.value: reason.text for reason in Reason}

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from cluster.metrics import merge_steps, read_metrics
+from jobs import amend
 from pipeline.index import Dataset
+from pipeline.overlay import Kind
 from tests.jobs.soak_train import Kill, Run, assert_same
 
 STEPS = 18
@@ -91,6 +93,16 @@ def test_another_recipe_or_dataset_is_refused(reference: Run, motion_dataset: Pa
     assert elsewhere.returncode == 1
     assert "dataset" in elsewhere.stderr
     assert "0" * 32 in elsewhere.stderr
+
+    built = Dataset.open(motion_dataset)
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    overlaid = amend.exclude(other, [built.text("key", 0)]).dataset.info.fingerprint
+    without = posmlp("train", recipe, f"run.dir={reference.dir}", f"data.dir={other}")
+    assert without.returncode == 1
+    assert built.info.fingerprint in without.stderr
+    assert overlaid in without.stderr
+    amend.undo(other, Kind.EXCLUDE)
+    assert posmlp("train", recipe, f"run.dir={reference.dir}", f"data.dir={other}").returncode == 0
 
 
 def damage(dataset: Path, keys: int) -> list[str]:

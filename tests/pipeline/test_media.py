@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.media import check_encoder, verify_and_transcode, write_video
 from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
-from pipeline.quarantine import Reason, RejectedError
+from pipeline.quarantine import MAX_STREAMS, Reason, RejectedError
 from pipeline.source_video import probe
 from tests.pipeline.numbered import MJPEG, VP9, Stream, encode, read_number
 
@@ -414,6 +414,26 @@ def test_playlists_are_not_followed(tmp_path: Path) -> None:
     assert reason_of(made(tmp_path / "b.m3u8", playlist.encode())) == Reason.NOT_A_VIDEO
     with pytest.raises(RejectedError):
         verify_and_transcode(Path("http://127.0.0.1:9/a.mp4"), tmp_path / "out.mp4", ENCODE, LIMITS)
+
+
+@pytest.mark.parametrize(("num_sounds", "fits"), [(MAX_STREAMS - 1, True), (MAX_STREAMS, False), (3 * MAX_STREAMS, False)])
+def test_limit_on_streams(tmp_path: Path, num_sounds: int, fits: bool) -> None:
+    path = tmp_path / "in.mov"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mjpeg", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuvj420p"
+        sounds = [container.add_stream("pcm_s16le", rate=8000) for _ in range(num_sounds)]
+        picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 90, np.uint8), format="rgb24")
+        picture.pts = 0
+        container.mux(video.encode(picture))
+        for stream in sounds:
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 80), np.int16), format="s16", layout="mono")
+            sound.sample_rate, sound.pts = 8000, 0
+            container.mux(stream.encode(sound))
+    if fits:
+        assert verify_and_transcode(path, tmp_path / "out.mp4", ENCODE, LIMITS).num_frames == 1
+    else:
+        assert reason_of(path) == Reason.TOO_MANY_STREAMS
 
 
 def test_limits_on_the_video(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Promise 1: order is a pure function of (seed, number of samples, position), and every epoch is a permutation."""
 
+import math
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import ORDER_VERSION, Order
+from pipeline.order import ORDER_VERSION, MixedOrder, Order
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -94,3 +95,61 @@ def test_a_batch_takes_milliseconds_at_any_size(num_samples: int) -> None:
         order.locate(positions)
         times.append(time.perf_counter() - began)
     assert min(times) < 0.005
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_a_mixture_is_exact(seed: int, sizes: list[int], data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(1, 12), min_size=len(sizes), max_size=len(sizes)))
+    order, common = MixedOrder(seed, sizes, weights), math.gcd(*weights)
+    turns, share = sum(weights) // common, [weight // common for weight in weights]
+    begin = data.draw(st.integers(0, 3 * turns))
+    positions = np.arange(begin + 8 * turns, dtype=np.int64)
+    parts, epochs, samples = order.locate(positions)
+    # Exact in every whole pattern, wherever it begins; in any window to within the number of datasets.
+    assert np.bincount(parts[begin : begin + turns], minlength=len(sizes)).tolist() == share
+    end = data.draw(st.integers(begin, len(positions)))
+    counts = np.bincount(parts[begin:end], minlength=len(sizes))
+    assert np.all(np.abs(counts - (end - begin) * np.array(share) / turns) < max(2, len(sizes)))
+    for part, size in enumerate(sizes):
+        # Nothing is lost or repeated within an epoch of each dataset, and its epochs follow each other.
+        mine = parts == part
+        own = np.arange(mine.sum())
+        assert epochs[mine].tolist() == (own // size).tolist()
+        for epoch in range(len(own) // size):
+            assert sorted(samples[mine][epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+        # What is shown where can be asked backwards.
+        sample = data.draw(st.integers(0, size - 1))
+        places = order.positions(part, sample, np.arange(3, dtype=np.uint64)).astype(np.int64)
+        found = order.locate(places)
+        assert [(int(a), int(b), int(c)) for a, b, c in zip(*found, strict=True)] == [(part, epoch, sample) for epoch in range(3)]
+    # Any cut of the stream is the stream: what a rank or a resumed run asks for does not depend on what was asked before.
+    again = order.locate(positions[end:])
+    assert all(np.array_equal(a[end:], b) for a, b in zip((parts, epochs, samples), again, strict=True))
+
+
+def test_a_mixture_of_one_is_the_plain_order() -> None:
+    positions = np.arange(1000, dtype=np.int64)
+    plain, mixed = Order(7, 123).locate(positions), MixedOrder(7, [123], [5]).locate(positions)
+    assert np.array_equal(plain[0], mixed[1])
+    assert np.array_equal(plain[1], mixed[2])
+    first = MixedOrder(7, [123, 40], [1, 1]).locate(2 * positions)
+    assert np.array_equal(first[2], plain[1])  # the first of several is walked through as it would be alone
+    assert np.all(first[0] == 0)
+
+
+def test_the_golden_mixture() -> None:
+    """These values are part of ORDER_VERSION: a run resumes only where they are the same."""
+    parts, _, samples = MixedOrder(1, [10, 7, 5], [3, 2, 1]).locate(np.arange(12))
+    assert parts.tolist() == [0, 1, 0, 2, 1, 0, 0, 1, 0, 2, 1, 0]
+    assert samples.tolist() == [2, 1, 0, 4, 6, 8, 5, 0, 4, 2, 4, 1]
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [([3], []), ([3, 4], [1]), ([3, 4], [1, 0]), ([3, 4], [1, 10_007])])
+def test_weights_that_do_not_fit_are_refused(sizes: list[int], weights: list[int]) -> None:
+    with pytest.raises(ValueError, match="weights: got"):
+        MixedOrder(0, sizes, weights)
