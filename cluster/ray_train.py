@@ -47,6 +47,7 @@ for _name, _value in _SWITCHES.items():
 from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context  # noqa: E402
 from ray.train.backend import Backend  # noqa: E402
 from ray.train.collective import broadcast_from_rank_zero  # noqa: E402
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # noqa: E402
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback  # noqa: E402
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError  # noqa: E402
 from ray.train.v2._internal.execution.context import TrainRunContext  # noqa: E402
@@ -137,7 +138,8 @@ def _size(num_micro_batches: int, options: LaunchOptions) -> tuple[int, ScalingC
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Leaves Ctrl-C alone, can be ended, and starts no actor that polls the dashboard for a lost controller and complains when there is
-    none: a private cluster ends with its driver anyway, and on a shared one the end of the job removes what it had reserved."""
+    none: a private cluster ends with its driver anyway, and on a shared one the end of the job removes what it had reserved. Nor one
+    for each gang that would hand out Ray datasets: there are none."""
 
     _controller: ActorHandle | None = None
 
@@ -152,7 +154,7 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback | PlacementGroupCleanerCallback)]
 
 
 class _SeesAllGpus(Backend):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.ray_session import ensure_ray, ray
 from jobs import recipe_reference, synthesize
 from pipeline.remote import RemoteFolder
 from tests.pipeline.s3 import s3_server
@@ -91,7 +92,18 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
     yield from re.findall(r"^```(sh|python)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """One for all the commands, which else would each start and end their own."""
+    ensure_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+    ray.shutdown()
+
+
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_page_runs(folder: Path, page: str) -> None:
     """Pages run in the order in which they stand in PAGES; later ones use what earlier ones made, as a reader would."""

@@ -37,8 +37,14 @@ def train(
     events: list[Mapping[str, object]] = []
     payload = {"run_dir": str(run_dir), "steps": STEPS, "every": EVERY, "misfortunes": list(misfortunes)}
     launch(
-        "toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, options=options(workers, **changes), on_event=events.append
-    )  # fmt: skip
+        "toy_training:train",
+        payload,
+        run_dir=run_dir,
+        num_micro_batches=4,
+        options=options(workers, **changes),
+        on_event=events.append,
+        progress=lambda: saved_step(run_dir),
+    )
     return events
 
 
@@ -50,6 +56,11 @@ def final_state(run_dir: Path) -> dict[str, Array]:
     assert found is not None
     assert found.step == STEPS
     return found.load()
+
+
+def saved_step(run_dir: Path) -> int:
+    found = CheckpointStore(run_dir / "checkpoints", 2).manifests()
+    return found[0].step if found else 0
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -97,30 +108,26 @@ def assert_bit_equal(run_dir: Path, reference: Path) -> None:
     assert losses(run_dir) == losses(reference)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_every_world_size_trains_the_same(uninterrupted: Path, tmp_path: Path, workers: int) -> None:
-    """Promise 5, across world sizes: batch norm and dropout included."""
-    train(tmp_path, workers)
-    assert np.allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
-    left, right = final_state(tmp_path), final_state(uninterrupted)
-    for name, value in left.items():
-        assert np.allclose(value, right[name], rtol=1e-3, atol=1e-5), name
-
-
 def test_deaths_cost_steps_not_exactness(uninterrupted: Path, tmp_path: Path) -> None:
-    """A worker killed between saves, its successor while it restores, then rank 0 in the middle of a save: all in one run."""
+    """A worker killed between saves, its successor while it restores, rank 0 in the middle of a save, a worker again: all in one run.
+
+    One more than the budget allows in a row: what the third gang's successor saved before it died gives the budget back.
+    """
     misfortunes = [
         {"attempt": 1, "rank": 1, "step": 5, "kind": "kill"},
         {"attempt": 2, "rank": 1, "step": toy_training.RESTORE, "kind": "kill"},
         {"attempt": 3, "rank": 0, "step": 5, "kind": "kill in save"},
+        {"attempt": 4, "rank": 1, "step": 7, "kind": "kill"},
     ]
     events = train(tmp_path, 2, misfortunes=misfortunes, max_restarts=3)
     assert_bit_equal(tmp_path, uninterrupted)
-    assert [(event["event"], event["attempt"]) for event in events] == [("restart", 1), ("restart", 2), ("restart", 3)]
-    for rank, event in zip([1, 1, 0], events, strict=True):
+    assert [(event["event"], event["attempt"], event["delay_s"]) for event in events] == [
+        ("restart", 1, 0.0), ("restart", 2, 1.0), ("restart", 3, 2.0), ("restart", 4, 0.0)
+    ]  # fmt: skip
+    for rank, event in zip([1, 1, 0, 1], events, strict=True):
         assert re.fullmatch(rf"rank {rank} \(pid \d+\) was killed by SIGKILL", str(event["reason"]))
     starts = {event["attempt"]: event["step"] for event in read_metrics(tmp_path / "metrics.jsonl") if event["event"] == "attempt"}
-    assert {attempt: starts[attempt] for attempt in (1, 3, 4)} == {1: 0, 3: 4, 4: 4}
+    assert {attempt: starts[attempt] for attempt in (1, 3, 4, 5)} == {1: 0, 3: 4, 4: 4, 5: 6}
     assert_nobody_left(tmp_path)
 
 
@@ -148,8 +155,12 @@ def test_an_error_for_the_user_ends_the_launch_at_once(tmp_path: Path) -> None:
 
 
 def test_the_restart_budget_ends_with_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"max_restarts=0 .*rank 1 .*the toy crashed(.|\n)*--- rank-1\.log"):
-        train(tmp_path, 2, misfortunes=[{"attempt": 1, "rank": 1, "step": 1, "kind": "crash"}], max_restarts=0)
+    crashes = [{"attempt": attempt, "rank": 1, "step": 1, "kind": "crash"} for attempt in (1, 2)]
+    expected = (
+        r"died 2 times without getting further.*max_restarts=1 .*rank 1 .*the toy crashed(.|\n)*--- rank-1\.log(.|\n)*RuntimeError: the toy"
+    )
+    with pytest.raises(LaunchError, match=expected):
+        train(tmp_path, 2, misfortunes=crashes, max_restarts=1)
 
 
 def test_in_one_process_errors_come_as_they_are(tmp_path: Path) -> None:
@@ -174,7 +185,7 @@ launch("toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, opti
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_when_the_driver_ends_its_workers_end_and_the_same_command_resumes(uninterrupted: Path, tmp_path: Path, number: int) -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), "0.3"], stderr=subprocess.PIPE)
     try:
@@ -189,7 +200,7 @@ def test_when_the_driver_ends_its_workers_end_and_the_same_command_resumes(unint
     finally:
         driver.kill()
         driver.communicate()
-    assert driver.returncode == (143 if number == signal.SIGTERM else -number)
+    assert driver.returncode == -number
     assert_nobody_left(tmp_path)
     if number == signal.SIGKILL:
         train(tmp_path, 2)

@@ -136,7 +136,7 @@ class Run:
             if here:
                 time.sleep(draw.uniform(0.0, 0.5) if kill.moment == "restore" else 0.0)
                 return driver.poll() is None
-            time.sleep(0.0005 if kill.moment == "save" else 0.02)
+            time.sleep(0.002 if kill.moment == "save" else 0.05)
         return False
 
     def _kill(self, kill: Kill, driver: subprocess.Popen[bytes], draw: random.Random) -> None:

@@ -103,7 +103,7 @@ def test_judging_equals_evaluation(chosen: Run, motion_dataset: Path, tmp_path: 
     whole = recipe.model_copy(update={"data": data, "eval": recipe.eval.model_copy(update={"every": None})})
     found = checkpoints(recipe).manifests()[0]
     rows = dataset.rows("split", "train")
-    evaluate._judge_missing(whole, [found], tmp_path / "eval" / "parts-x", -(-len(rows) // whole.eval.micro_batch))
+    evaluate._judge_missing(whole, dataset, [found], tmp_path / "eval" / "parts-x", -(-len(rows) // whole.eval.micro_batch))
     names = [dataset.text("key", row) for row in rows.tolist()]
     judged = [one for one in evaluate.merge(tmp_path / "eval" / "parts-x", names, num_views=1, fusion="sum_logits") if one.key in keys]
     assert facts["num_videos"] == len(judged) == len(keys)

@@ -1,6 +1,7 @@
 """Training as a user starts it: killed and resumed, on one, two and four ranks, on damaged data, under the wrong recipe."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,13 @@ def test_a_kill_under_ray_changes_nothing(tmp_path: Path, motion_dataset: Path, 
     log = run.finish([Kill(moment="step", victim="worker", step=7)])
     assert "over before" not in log[0], log
     assert_same(run, reference)
-    restarts = [event for event in read_metrics(run.dir / "metrics.jsonl") if event["event"] == "restart"]
-    assert len(restarts) == 1
+    events = read_metrics(run.dir / "metrics.jsonl")
+    reasons = [str(event["reason"]) for event in events if event["event"] == "restart"]
+    assert len(reasons) == 1
+    assert re.fullmatch(r"the process of rank [01] died", reasons[0])
+    assert [event["step"] for event in events if event["event"] == "attempt"] == [0, 6]
+    logs = sorted(path.relative_to(run.dir / "logs").as_posix() for path in (run.dir / "logs").rglob("*.log"))
+    assert logs == [f"launch-0001/gang-000{gang}/rank-{rank}.log" for gang in (1, 2) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("workers", [1, 4])
