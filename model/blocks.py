@@ -95,14 +95,15 @@ class LayerWeights(NamedTuple):
 
 
 def _gelu_in_the_product(tokens: Tensor) -> bool:
-    """Whether fc1 and GELU run as one oneDNN product, hidden channels passing through memory once: inference in float32 on a CPU."""
+    """Whether fc1 and GELU run as one oneDNN product, hidden channels passing through memory once: inference on a CPU, in float32 or,
+    where the CPU has it, bfloat16."""
     return (
         tokens.device.type == "cpu"
-        and tokens.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)
+        and (tokens.dtype == torch.float32 or (tokens.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())))
     )
 
 
