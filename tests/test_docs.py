@@ -94,12 +94,13 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    """One for all the commands, which else would each start and end their own."""
-    ensure_ray()
-    with pytest.MonkeyPatch.context() as patch:
+    """One for all the commands, which else would each start and end their own; its processes know the way to an S3 server."""
+    with s3_server(), pytest.MonkeyPatch.context() as patch:
+        ray.shutdown()  # an earlier test's, which does not
+        ensure_ray()
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
-    ray.shutdown()
+        ray.shutdown()
 
 
 @pytest.mark.timeout(600)
@@ -118,13 +119,13 @@ def test_every_command_of_the_page_runs(folder: Path, page: str) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("one_ray")
 def test_every_command_of_the_object_store_page_runs(folder: Path) -> None:
     """Before a real S3 server, whose bucket has the videos."""
-    with s3_server():
-        store = RemoteFolder("s3://bucket/videos")
-        for path in (folder / "videos").rglob("*.mp4"):
-            store.upload(path, path.relative_to(folder / "videos").as_posix())
-        test_every_command_of_the_page_runs(folder, STORE_PAGE)
+    store = RemoteFolder("s3://bucket/videos")
+    for path in (folder / "videos").rglob("*.mp4"):
+        store.upload(path, path.relative_to(folder / "videos").as_posix())
+    test_every_command_of_the_page_runs(folder, STORE_PAGE)
 
 
 def run(command: list[str], folder: Path) -> None:
