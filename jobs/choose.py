@@ -22,7 +22,7 @@ from cluster.engine import autocast
 from cluster.topology import Worker
 from cluster.worker import heartbeat
 from jobs.recipe import Recipe
-from jobs.run_folder import choice_rows, epoch_length, train_rows
+from jobs.run_folder import choice_rows, epoch_length
 from jobs.run_log import RankLog, say_slow
 from jobs.trained_model import build_model
 from pipeline.index import Dataset
@@ -47,10 +47,13 @@ class Score:
 class Chooser:
     """Judges the states of one run; every rank has one, and calls it alike. Without `eval.every` nothing is ever due."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, store: CheckpointStore, worker: Worker, log: RankLog, steps: int) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, store: CheckpointStore, worker: Worker, log: RankLog, *, num_train: int, steps: int
+    ) -> None:
+        """num_train: items of `dataset` that are trained on. steps: of the whole run."""
         self._recipe, self._dataset, self._store, self._worker, self._log = recipe, dataset, store, worker, log
         self._steps = steps
-        self._every = recipe.eval.every_steps(epoch_length(recipe, len(train_rows(recipe, dataset))) / recipe.samples_per_step)
+        self._every = recipe.eval.every_steps(epoch_length(recipe, num_train) / recipe.samples_per_step)
         self._rows = choice_rows(recipe, dataset) if self._every else np.zeros(0, dtype=np.uint32)
 
     def due(self, step: int) -> bool:

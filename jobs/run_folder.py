@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from jobs.errors import RecipeError
@@ -150,7 +151,8 @@ def choice_rows(recipe: Recipe, dataset: Dataset) -> npt.NDArray[np.uint32]:
 
 def _held_out(recipe: Recipe, dataset: Dataset, rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """(n,) which of the train split's rows `data.choose_fraction` holds out. Windows of one video stay together."""
-    units = [dataset.text("group", row) or dataset.text("source", row) for row in rows.tolist()]
+    names = dataset.table.select(["group", "source"]).take(pa.array(rows))  # at once: cell by cell they take seconds at 300,000
+    units = [group or source for group, source in zip(*(column.to_pylist() for column in names.columns), strict=True)]
     members: dict[str, Counter[str]] = {}
     for label, unit in zip(dataset.column("label")[rows].tolist(), units, strict=True):
         members.setdefault(str(label), Counter())[unit] += 1

@@ -138,7 +138,7 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
     saver = _Saver(recipe, dataset, store, worker, log)
     deadline = _deadline(payload, engine, worker)
     loss = partial(_loss, recipe.optimizer.label_smoothing)
-    chooser = Chooser(recipe, dataset, store, worker, log, steps)
+    chooser = Chooser(recipe, dataset, store, worker, log, num_train=len(data.rows[0]), steps=steps)
 
     def stop() -> bool:
         return stop_asked() or deadline.near()

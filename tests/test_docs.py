@@ -96,7 +96,7 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
 def one_ray() -> Iterator[None]:
     """One for all the commands, which else would each start and end their own; its processes know the way to an S3 server."""
     with s3_server(), pytest.MonkeyPatch.context() as patch:
-        ray.shutdown()  # an earlier test's, which does not
+        ray.shutdown()  # an earlier test's, whose processes do not
         ensure_ray()
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
