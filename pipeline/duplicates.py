@@ -4,6 +4,7 @@ Finding them takes no comparison of all with all. Any sum of the 64 values of a 
 between items that are alike; a few such sums make a grid, in which only items of neighbouring cells are compared. Nothing is missed by it.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -63,7 +64,9 @@ def groups_of(sources: Bytes, contents: Bytes, known: npt.NDArray[np.bool_]) -> 
     """(n,): the first row of each item's group, -1 where it is the only one in it. known: (n,), False where there are no digests."""
     rows = np.flatnonzero(known)
     groups = np.arange(len(rows), dtype=np.int64)
-    for first in (same_bytes(sources[rows]), alike(contents[rows])):
+    if not known.all():
+        sources, contents = sources[rows], contents[rows]
+    for first in (same_bytes(sources), alike(contents)):
         _unite(groups, first.astype(np.int64), np.arange(len(rows)))
     found = np.full(len(known), -1, dtype=np.int32)
     several = np.bincount(groups, minlength=len(rows))[groups] > 1
@@ -74,7 +77,9 @@ def groups_of(sources: Bytes, contents: Bytes, known: npt.NDArray[np.bool_]) -> 
 def _first_equal(rows: Bytes) -> Groups:
     if not len(rows):
         return np.empty(0, dtype=np.int32)
-    values = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.shape[1])))[:, 0]
+    if rows.shape[1] > SOURCE_BYTES:  # sorting copies twice what it sorts
+        rows = np.frombuffer(b"".join(hashlib.blake2b(row, digest_size=SOURCE_BYTES).digest() for row in rows), np.uint8)
+    values = np.ascontiguousarray(rows).view(np.dtype((np.void, SOURCE_BYTES))).reshape(-1)
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     return first[inverse].astype(np.int32)
 
