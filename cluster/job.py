@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from cluster import hang
 from cluster.errors import ClusterError, StoppedError
 
 USER_ERROR_EXIT = 3  # exit code of a worker whose failure is written for the user: trying again would not help
+HUNG_EXIT = 4  # of a worker that made no progress, after it wrote down where it was
 STOPPED_EXIT = 75  # exit code of a command that stopped early with everything saved; EX_TEMPFAIL of sysexits.h
 FAILURE = "failure.json"
-STOP = "stop"
+STOP, RESIZE = "stop", "resize"
 TAIL_LINES = 12
 
 
@@ -48,31 +50,52 @@ class Job:
         return StoppedError(told["message"]) if told["stopped"] else ClusterError(told["message"])
 
     def prepare_stop(self) -> None:
-        """Makes the file by which workers anywhere are asked to stop. It is there from the start because network file systems look
+        """Makes the files by which workers anywhere are asked to stop. They are there from the start because network file systems look
         again at a file that is opened, but remember for a minute that a file was not there."""
-        (Path(self.folder) / STOP).touch()
+        for name in (STOP, RESIZE):
+            (Path(self.folder) / name).touch()
 
     def ask_to_stop(self) -> None:
-        """Asks the gang to end after its current step. May be called by a signal handler."""
+        """Asks the gang to save and end after its current step. May be called by a signal handler."""
         (Path(self.folder) / STOP).write_text("stop\n", encoding="utf-8")
 
+    def ask_to_resize(self, why: str) -> None:
+        """The same, for another gang of other size to follow."""
+        (Path(self.folder) / RESIZE).write_text(why, encoding="utf-8")
+
     def stop_asked(self) -> bool:
-        """Whether the launcher has asked."""
+        """Whether the launcher has been asked to end the job early."""
+        return bool(self._asked(STOP))
+
+    def resize_asked(self) -> str:
+        """Why the gang shall make room for one of another size; "" when it need not."""
+        return self._asked(RESIZE)
+
+    def resized(self) -> None:
+        """The gang that was asked to has ended; the next one begins with a clean slate."""
+        (Path(self.folder) / RESIZE).write_text("", encoding="utf-8")
+        self.failure.unlink(missing_ok=True)
+
+    def _asked(self, name: str) -> str:
         try:
-            return bool((Path(self.folder) / STOP).read_bytes())
+            return (Path(self.folder) / name).read_text(encoding="utf-8")
         except FileNotFoundError:
-            return False
+            return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A worker's place in a gang that is about to form. beat: the file whose modification time is its heartbeat, if watched."""
+    """A worker's place in a gang that is about to form.
+
+    folder: the gang's, for its logs. beat: the file whose modification time is its heartbeat, if the supervisor looks at one.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     threads: int
+    folder: str
     beat: str | None = None
 
 
@@ -132,14 +155,20 @@ def tails(folder: Path) -> str:
     return "\n".join(f"--- {log.name}\n" + "\n".join(last_lines(log, TAIL_LINES)) for log in sorted(folder.glob("rank-*.log")))
 
 
-def hung(log: Path) -> bool:
-    """Whether the worker ended itself because no heartbeat came (see `worker.Watch`); its threads' stacks are in `log` then."""
-    return any(line.startswith("Timeout (") for line in last_lines(log, 1000))
+def hung_reason(folder: Path, world_size: int, job: Job) -> str | None:
+    """That a gang hung, and the file that says where, when a rank of it ended itself because it made no progress; else None."""
+    path = hang.gather(folder, world_size)
+    if path is not None:
+        return f"no rank finished a step for {job.hang_timeout_s} s; where each one was, and its last collectives, are in {path}"
+    for log in sorted(folder.glob("rank-*.log")):  # of one that was stuck in native code and could not write that
+        if any(line.startswith("Timeout (") for line in last_lines(log, 1000)):
+            return f"{log.stem} finished no step for {job.hang_timeout_s} s; where its threads were is in {log}"
+    return None
 
 
 def worker_environment(threads: int) -> dict[str, str]:
     """What must be set before torch loads. OpenMP threads that spin while they wait would starve decoding."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **hang.ENVIRONMENT}
 
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # data ports of a gang on one machine

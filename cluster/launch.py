@@ -4,11 +4,10 @@
 starts, so a restart here and the same command typed again are one thing. Three ways, one behaviour:
 
     local, one worker     in this very process, for a debugger: no supervision, errors come as they are
-    local, several        processes of this machine (below)
-    ray                   Ray Train (`ray_train`)
+    local, several        processes of this machine (`local_gang`)
+    ray                   actors of a Ray cluster (`ray_gang`), as many as fit; each start looks again
 
-A local worker has its own session, so that Ctrl-C reaches only the supervisor, which then ends the gang; and the kernel kills it
-when the supervisor dies. Killing is always SIGKILL: whatever a worker commits is safe at any instant (`checkpoint`).
+Killing is always SIGKILL: whatever a worker commits is safe at any instant (`checkpoint`).
 
 SIGTERM to the supervisor, where the function can be asked to stop: the gang finishes its step, saves and ends (StoppedError); a second
 SIGTERM ends everything at once. Elsewhere the first does.
@@ -16,24 +15,20 @@ SIGTERM ends everything at once. Elsewhere the first does.
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from cluster import lease
 from cluster.errors import LaunchError, StoppedError
-from cluster.job import LOOPBACK, USER_ERROR_EXIT, Job, Order, Place, hung, last_lines, next_folder, tails, worker_environment
+from cluster.job import LOOPBACK, Job, Place, next_folder, tails
+from cluster.local_gang import run_gang
 from cluster.options import LaunchOptions
 from cluster.restarts import Restarts, no_progress
-from cluster.topology import check_world_size, largest_world_size
-
-POLL_S = 0.05
-STOPPED_GRACE_S = 5.0  # a worker that hangs ends itself and leaves its stacks; one that cannot even do that is ended after this
+from cluster.topology import largest_world_size
 
 
 def launch(
@@ -51,7 +46,8 @@ def launch(
     """Runs `entry` ("module:function", called with payload and Worker) in a gang until every worker has returned.
 
     payload: JSON-able. num_micro_batches: A; the gang's size divides it. user_errors: exceptions, beside ClusterError, whose text is
-    for the user: they end the launch at once. on_event gets {"event": "restart", "reason": text, "attempt": of the dead gang}.
+    for the user: they end the launch at once. on_event gets {"event": "restart", "reason": text, "attempt": of the gang before}, and on
+    Ray {"event": "waiting" | "idle", "reason": text, ...} when workers find no place, or places no worker.
     progress: how far the work is kept, a number that grows; a gang that has raised it gets the whole restart budget again (`restarts`);
     a function of a module, since other processes call it. stoppable: the entry asks `stopping.stop_asked`.
     Raises ClusterError with a worker's text for the user, LaunchError when the gang died more often than `options.max_restarts`,
@@ -70,29 +66,28 @@ def launch(
     job.prepare_stop()
     restarts = Restarts(options.max_restarts, progress)
     if options.launcher == "ray":
+        from cluster.ray_gang import RayGangs  # Ray takes a second to import
         from cluster.ray_session import ensure_ray
-        from cluster.ray_train import run_on_ray  # Ray takes a second to import
 
         ensure_ray()  # takes SIGTERM over, so before we do
         with _sigterm(job):
-            run_on_ray(job, num_micro_batches=num_micro_batches, options=options, restarts=restarts, on_event=on_event)
+            _supervise(job, RayGangs(job, num_micro_batches, options, on_event).run, restarts, on_event)
         return
     workers, threads = _size(num_micro_batches, options)
     if workers == 1:
         _run_here(job, threads)
         return
     with _sigterm(job):
-        _supervise(job, workers, threads, restarts, on_event)
+        _supervise(job, partial(run_gang, job, workers, threads), restarts, on_event)
 
 
 def _size(num_micro_batches: int, options: LaunchOptions) -> tuple[int, int]:
     """(workers, threads of each) on this machine."""
     cores = len(os.sched_getaffinity(0))
-    if options.workers == "auto":
-        workers = largest_world_size(num_micro_batches, _num_gpus() or cores // max(1, options.cpus_per_worker))
-    else:
-        workers = int(options.workers)
-        check_world_size(num_micro_batches, workers)
+    places = _num_gpus() or cores // max(1, options.cpus_per_worker)
+    if options.fewest == options.most:
+        places = options.fewest  # who asks for a number gets it, however small the machine
+    workers = largest_world_size(num_micro_batches, options, places)
     return workers, options.cpus_per_worker or max(1, cores // workers)
 
 
@@ -113,7 +108,7 @@ def _run_here(job: Job, threads: int) -> None:
 
     function = resolve(job.entry)
     assert callable(function)
-    place = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, threads=threads)
+    place = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, threads=threads, folder=job.folder)
     before = {name: os.environ.get(name) for name in LOOPBACK}
     os.environ.update(LOOPBACK)
     try:
@@ -124,110 +119,28 @@ def _run_here(job: Job, threads: int) -> None:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def _supervise(job: Job, workers: int, threads: int, restarts: Restarts, on_event: Callable[[Mapping[str, object]], None]) -> None:
+def _supervise(job: Job, run: Callable[[Path], str | None], restarts: Restarts, on_event: Callable[[Mapping[str, object]], None]) -> None:
+    """Runs gang after gang in folders of their own until one of them finishes. `run` says why the gang ended, None when it finished."""
     while True:
         folder = next_folder(Path(job.folder), "gang")
-        reason = _run_gang(job, workers, threads, folder)
-        ending = job.ending()
-        if ending is not None:
+        reason = run(folder)
+        ending, resize = job.ending(), job.resize_asked()
+        if ending is not None and not (resize and isinstance(ending, StoppedError) and not job.stop_asked()):
             raise ending
-        if reason is None:
+        if reason is None and ending is None:
             return
         if job.stop_asked():
             raise StoppedError(f"Asked to stop, the workers ended before they could save ({reason}). The same command goes on.")
-        delay_s = restarts.delay_s()
+        delay_s: float | None = 0.0
+        if ending is not None:
+            reason = resize  # saved and ended as it was asked to: no death
+        else:
+            delay_s = restarts.delay_s()
         if delay_s is None:
             raise LaunchError(f"{restarts.verdict()} The last time {reason}. Their output is in {folder}:\n{tails(folder)}")
+        job.resized()
         on_event({"event": "restart", "reason": reason, "attempt": lease.newest_attempt(Path(job.run_dir)), "delay_s": delay_s})
         time.sleep(delay_s)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Member:
-    """One worker as its supervisor sees it. `changed`: when its heartbeat was last seen to move, on the monotonic clock."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    beat: Path
-    log: Path
-    beat_time: float = 0.0
-    changed: float = 0.0
-
-    def silence_s(self) -> float:
-        """Seconds since its last heartbeat."""
-        try:
-            beat_time = self.beat.stat().st_mtime
-        except FileNotFoundError:
-            beat_time = 0.0  # it is still starting
-        if beat_time != self.beat_time:
-            self.beat_time, self.changed = beat_time, time.monotonic()
-        return time.monotonic() - self.changed
-
-
-def _run_gang(job: Job, workers: int, threads: int, folder: Path) -> str | None:
-    """One gang from start to end: None when every worker finished, else why it was ended. Leaves no process."""
-    members: list[_Member] = []
-    try:
-        for rank in range(workers):
-            members.append(_start(job, rank, workers, threads, folder))
-        while True:
-            time.sleep(POLL_S)
-            silent = [(member.silence_s(), member) for member in members if member.process.poll() is None]
-            ended = [member for member in members if member.process.returncode not in (None, 0)]
-            if ended:
-                return _reason(ended, job.hang_timeout_s)
-            if not silent:
-                return None
-            longest, member = max(silent, key=lambda pair: pair[0])
-            if longest > job.hang_timeout_s + STOPPED_GRACE_S:
-                return f"rank {member.rank} (pid {member.process.pid}) gave no sign of life for {longest:.0f} s"
-    finally:
-        for member in members:
-            _kill(member.process)
-
-
-def _start(job: Job, rank: int, workers: int, threads: int, folder: Path) -> _Member:
-    beat, log = folder / f"beat-{rank}", folder / f"rank-{rank}.log"
-    place = Place(rank=rank, world_size=workers, local_rank=rank, local_world_size=workers, threads=threads, beat=str(beat))
-    order = Order(job=job, place=place, parent=os.getpid(), rendezvous=str(folder / "rendezvous"))
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cluster.worker"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **worker_environment(threads), **LOOPBACK, "PYTHONPATH": path},
-        )
-    member = _Member(rank=rank, process=process, beat=beat, log=log, changed=time.monotonic())
-    assert process.stdin is not None
-    try:
-        with process.stdin as pipe:
-            pipe.write(order.to_json().encode())
-    except BaseException as error:
-        _kill(process)
-        if not isinstance(error, BrokenPipeError):
-            raise  # a worker that died before it read its order is found dead by the caller
-    return member
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a worker and whatever it started."""
-    with suppress(ProcessLookupError):  # nothing is left of it
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _reason(ended: list[_Member], hang_timeout_s: int) -> str:
-    """Why the gang ended. A killed worker's peers fail of its absence a moment later, so a signal says more than an exit code."""
-    first = min(ended, key=lambda member: (member.process.returncode != USER_ERROR_EXIT, member.process.returncode > 0, member.rank))
-    who, code = f"rank {first.rank} (pid {first.process.pid})", first.process.returncode
-    if code < 0:
-        return f"{who} was killed by {signal.Signals(-code).name}"
-    if hung(first.log):
-        return f"{who} finished no step for {hang_timeout_s} s; where its threads were is in {first.log}"
-    return f"{who} ended with exit code {code}: {''.join(last_lines(first.log, 1))}"
 
 
 @contextmanager

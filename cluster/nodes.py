@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,17 +13,20 @@ import psutil
 from cluster.errors import LaunchError
 from cluster.ray_session import ray
 
+PROBE_S = 2.0  # within which a node's raylet takes a connection
+
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A living node. cpus, gpus: what it offers to tasks and workers, used or not."""
+    """A living node. port: of its raylet. cpus, gpus: what it offers to tasks and workers, used or not."""
 
     id: str
     host: str
     address: str
+    port: int
     cpus: float
     gpus: int
 
@@ -37,6 +41,7 @@ def living() -> list[Node]:
             id=facts["NodeID"],
             host=facts["NodeManagerHostname"],
             address=facts["NodeManagerAddress"],
+            port=int(facts["NodeManagerPort"]),
             cpus=facts["Resources"].get("CPU", 0.0),
             gpus=int(facts["Resources"].get("GPU", 0)),
         )
@@ -44,6 +49,27 @@ def living() -> list[Node]:
         if facts["Alive"]
     ]
     return sorted(found, key=lambda node: node.address)
+
+
+def usable() -> list[Node]:
+    """Those of the living nodes that answer and are not about to be taken away. A node that died counts as alive for up to a minute."""
+    nodes, leaving = living(), draining()
+    with ThreadPoolExecutor(max_workers=min(32, len(nodes) or 1)) as pool:
+        answers = list(pool.map(_answers, nodes))
+    return [node for node, answered in zip(nodes, answers, strict=True) if answered and node.id not in leaving]
+
+
+def draining() -> set[str]:
+    """Ids of nodes that the cluster's owner is about to take away (a preemption notice, `ray drain-node`)."""
+    return set(ray._private.state.state.get_draining_nodes())  # there is no public way
+
+
+def _answers(node: Node) -> bool:
+    try:
+        with socket.create_connection((node.address, node.port), timeout=PROBE_S):
+            return True
+    except OSError:
+        return False
 
 
 def this_node() -> str:

@@ -110,7 +110,8 @@ class LaunchOptions:
     """Where workers run.
 
     launcher: "ray" (Ray Train) or "local" (processes of this machine, without Ray).
-    workers: their number; "auto" is the largest divisor of the number of micro-batches that fits the cluster.
+    workers: their number, or [fewest, most]: the largest number in between that divides the number of micro-batches and fits the cluster;
+        "auto" is [1, all]. On Ray such a gang goes on with fewer when it loses a node, and grows again when there is room.
     cpus_per_worker: reserved on Ray, and the thread budget of one worker; 0: the machine's cores divided by its workers.
     max_restarts: how many times in a row a gang that died without having saved anything new is started again.
     hang_timeout_s: a worker that finishes no step for so long is treated as dead.
@@ -118,13 +119,26 @@ class LaunchOptions:
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
     launcher: Literal["ray", "local"] = "ray"
-    workers: Literal["auto"] | int = "auto"
+    workers: Literal["auto"] | int | tuple[int, int] = "auto"
     cpus_per_worker: int = 0
     max_restarts: int = 10
     hang_timeout_s: int = 1800
 
     def __post_init__(self) -> None:
-        _require(self.workers == "auto" or int(self.workers) >= 1, "workers", self.workers, "'auto' or at least 1")
+        if isinstance(self.workers, list):  # as JSON has it
+            object.__setattr__(self, "workers", tuple(self.workers))
+        ok = self.fewest >= 1 and (self.most is None or self.fewest <= self.most)
+        _require(ok, "workers", self.workers, "'auto', at least 1, or [fewest, most]")
         _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
         _require(self.hang_timeout_s >= 10, "hang_timeout_s", self.hang_timeout_s, "at least 10 seconds")
         _require(self.cpus_per_worker >= 0, "cpus_per_worker", self.cpus_per_worker, "0 (automatic) or more")
+
+    @property
+    def fewest(self) -> int:
+        """Workers that a gang needs at least."""
+        return 1 if self.workers == "auto" else self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int | None:
+        """Workers that it may have at most; None: as many as there are micro-batches."""
+        return None if self.workers == "auto" else self.workers if isinstance(self.workers, int) else self.workers[1]

@@ -10,7 +10,6 @@ from cluster.errors import ClusterError
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, which silences its warning
-    "RAY_TRAIN_V2_ENABLED": "1",
     # Our own supervisors say in a line what Ray says in a page when a worker dies.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",
 }

@@ -1,4 +1,5 @@
-"""How a worker hears that its gang shall stop early: a SIGTERM of its own, or, on rank 0, the launcher's stop file (`Job.ask_to_stop`).
+"""How a worker hears that its gang shall stop early: a SIGTERM of its own, or, on rank 0, the launcher's files
+(`Job.ask_to_stop`, `Job.ask_to_resize`).
 
 Apart from `worker`, because SIGTERM is remembered in Ray's processes before torch may be loaded.
 """
@@ -33,4 +34,11 @@ def stop_asked() -> bool:
 
     Ranks may differ: agree before acting, as `Engine.train_step` does. Then save, and raise StoppedError on every rank.
     """
-    return bool(_sigterms) or any(job.stop_asked() for job in _jobs)
+    return bool(_sigterms) or any(job.stop_asked() or job.resize_asked() for job in _jobs)
+
+
+def stop_reason() -> str:
+    """Why rank 0 knows that the gang shall end: "SIGTERM", or "resize"; "" when it knows of nothing."""
+    if _sigterms or any(job.stop_asked() for job in _jobs):
+        return "SIGTERM"
+    return "resize" if any(job.resize_asked() for job in _jobs) else ""

@@ -51,13 +51,16 @@ def world_sizes(num_micro_batches: int) -> list[int]:
     return [size for size in range(1, num_micro_batches + 1) if num_micro_batches % size == 0]
 
 
-def largest_world_size(num_micro_batches: int, available: int) -> int:
-    """The largest divisor of A that `available` workers can fill. Raises TopologyError when not even one fits."""
-    if available < 1:
-        raise TopologyError(
-            "No worker fits this cluster: its free CPUs or GPUs are fewer than one worker needs. Lower launch.cpus_per_worker."
+def largest_world_size(num_micro_batches: int, options: LaunchOptions, available: int) -> int:
+    """The largest allowed number of workers for which there are `available` places. Raises LaunchError when not even the fewest fit."""
+    sizes = allowed_sizes(num_micro_batches, options)
+    fitting = [size for size in sizes if size <= available]
+    if not fitting:
+        raise LaunchError(
+            f"launch.workers: not even {sizes[0]} fit this machine, which has places for {available}. "
+            "Lower launch.workers or launch.cpus_per_worker."
         )
-    return max(size for size in world_sizes(num_micro_batches) if size <= available)
+    return fitting[-1]
 
 
 def check_world_size(num_micro_batches: int, world_size: int) -> None:
@@ -69,31 +72,52 @@ def check_world_size(num_micro_batches: int, world_size: int) -> None:
         )
 
 
-def fit_workers(num_micro_batches: int, options: LaunchOptions, nodes: Sequence[tuple[float, int]]) -> tuple[int, float]:
-    """(workers, CPUs that each reserves) of a gang on nodes with so many (CPUs, GPUs) each; one GPU a worker where there are any.
+def allowed_sizes(num_micro_batches: int, options: LaunchOptions) -> list[int]:
+    """The numbers of workers that `launch.workers` allows and that divide A, ascending. Raises TopologyError when there are none."""
+    if options.fewest == options.most:
+        check_world_size(num_micro_batches, options.fewest)
+    sizes = [size for size in world_sizes(num_micro_batches) if options.fewest <= size <= (options.most or size)]
+    if not sizes:
+        raise TopologyError(
+            f"launch.workers=[{options.fewest},{options.most}]: no number between these divides the {num_micro_batches} micro-batches of a "
+            f"global batch (train.global_batch / train.micro_batch). Possible: {', '.join(map(str, world_sizes(num_micro_batches)))}."
+        )
+    return sizes
 
-    Raises TopologyError when `options.workers` does not divide A, LaunchError when the workers do not fit, node by node.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Of a gang on a cluster: its sizes that fit, largest first; CPUs that each worker reserves; how many workers there is a place for."""
+
+    sizes: list[int]
+    cpus_each: float
+    places: int
+
+
+def fit_workers(num_micro_batches: int, options: LaunchOptions, nodes: Sequence[tuple[float, int]]) -> Fit:
+    """How a gang fits nodes with so many (CPUs, GPUs) each; one GPU a worker where there are any.
+
+    Raises TopologyError when no allowed number of workers divides A, LaunchError when not even the fewest fit, node by node.
     """
+    allowed = allowed_sizes(num_micro_batches, options)
     total_cpus, total_gpus = sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes)
 
     def room(cpus_each: float) -> int:
         return sum(min(int(cpus / cpus_each), gpus if total_gpus else sys.maxsize) for cpus, gpus in nodes)
 
     wish = float(options.cpus_per_worker)
-    if options.workers == "auto":
-        # Without a wish for CPUs, GPUs are what counts where there are any.
-        workers = largest_world_size(num_micro_batches, room(wish or (SHARES[-1] if total_gpus else SHARES[0])))
-    else:
-        workers = int(options.workers)
-        check_world_size(num_micro_batches, workers)
-    # Without a wish, reserve little and let each worker use its share of the machine it lands on, one per machine while there are any.
-    reserved = wish or next((share for share in SHARES if room(share) >= workers), SHARES[0])
-    if workers > room(reserved):
+    # Without a wish for CPUs, GPUs are what counts where there are any, else a CPU a worker; or less, if even the fewest would not fit.
+    places = room(wish or (SHARES[-1] if total_gpus else SHARES[0]))
+    wanted = max((size for size in allowed if size <= places), default=allowed[0])
+    # And little is reserved: each worker uses its share of the machine it lands on, one per machine while there are any.
+    cpus_each = wish or next((share for share in SHARES if room(share) >= wanted), SHARES[0])
+    sizes = [size for size in reversed(allowed) if size <= min(wanted, room(cpus_each))]
+    if not sizes:
         raise LaunchError(
-            f"launch.workers={workers} with {reserved:g} CPUs each do not fit the Ray cluster, which has {total_cpus:g} CPUs and "
+            f"launch.workers={allowed[0]} with {cpus_each:g} CPUs each do not fit the Ray cluster, which has {total_cpus:g} CPUs and "
             f"{total_gpus} GPUs on {len(nodes)} nodes. Lower launch.workers or launch.cpus_per_worker."
         )
-    return workers, reserved
+    return Fit(sizes=sizes, cpus_each=cpus_each, places=places)
 
 
 def micro_batches_of(rank: int, world_size: int, num_micro_batches: int) -> range:

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from cluster import lease
+from cluster import hang, lease
 from cluster.errors import ClusterError, LaunchError, StoppedError
-from cluster.job import USER_ERROR_EXIT, Job, Order, Place, resolve
+from cluster.job import HUNG_EXIT, USER_ERROR_EXIT, Job, Order, Place, resolve
 from cluster.stopping import look_at, remember_sigterm
 from cluster.topology import Worker
 
@@ -37,28 +37,39 @@ Entry: TypeAlias = Callable[[Mapping[str, object], Worker], None]
 
 
 class Watch:
-    """Ends this process when no heartbeat comes in time, leaving every thread's stack in `log`."""
+    """Ends this process when no heartbeat comes in time, after it has written down where it was (`hang`)."""
 
-    def __init__(self, timeout_s: int, beat: str | None, log: IO[str]) -> None:
-        self._timeout_s, self._beat, self._log = timeout_s, Path(beat) if beat else None, log
+    def __init__(self, timeout_s: int, place: Place, log: IO[str]) -> None:
+        self._timeout_s, self._place, self._log = timeout_s, place, log
         self._last = -BEAT_INTERVAL_S
+        self._left = threading.Event()
 
     def heartbeat(self) -> None:
         now = time.monotonic()
         if now - self._last < BEAT_INTERVAL_S:
             return
         self._last = now
-        if self._beat is not None:
-            self._beat.touch()
-        # faulthandler's timer needs no interpreter lock, so it also fires in a process stuck in native code.
-        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._log)
+        if self._place.beat is not None:
+            Path(self._place.beat).touch()
+        # For a process stuck in native code that holds the interpreter lock: faulthandler's timer needs none.
+        faulthandler.dump_traceback_later(self._timeout_s + 2 * hang.GRACE_S, exit=True, file=self._log)
+
+    def _look(self) -> None:
+        while not self._left.wait(BEAT_INTERVAL_S):
+            silence_s = time.monotonic() - self._last
+            if silence_s > self._timeout_s:
+                hang.write(Path(self._place.folder), self._place.rank, silence_s)
+                time.sleep(hang.GRACE_S)  # for the peers to write theirs: when this process ends, they will fail of that
+                os._exit(HUNG_EXIT)
 
     def __enter__(self) -> Self:
         _watches.append(self)
         self.heartbeat()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
         _watches.remove(self)
         faulthandler.cancel_dump_traceback_later()
 
@@ -141,7 +152,7 @@ def run(job: Job, place: Place, store: Callable[[], Store], log: IO[str]) -> boo
     """
     user_errors = (ClusterError, *(error for error in map(resolve, job.user_errors) if isinstance(error, type)))
     try:
-        with Watch(job.hang_timeout_s, place.beat, log), _reported(job, place.rank, user_errors):
+        with Watch(job.hang_timeout_s, place, log), _reported(job, place.rank, user_errors):
             entry: Entry = resolve(job.entry)  # type: ignore[assignment]
             with gang(job, place, store()) as worker, _reported(job, place.rank, user_errors):
                 entry(job.payload, worker)  # what it raises is reported before the peers notice the closing group

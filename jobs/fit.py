@@ -52,7 +52,7 @@ def solved(recipe: Recipe, num_classes: int) -> Recipe:
 
 def candidates(recipe: Recipe) -> list[int]:
     """Micro-batches that the recipe allows, ascending: divisors of the global batch that hold whole samples and give each worker one."""
-    repeats, workers = recipe.augment.repeats, 1 if recipe.launch.workers == "auto" else int(recipe.launch.workers)
+    repeats, workers = recipe.augment.repeats, recipe.launch.fewest
     least = repeats * (2 if recipe.augment.mix is not None else 1)
     total = recipe.train.global_batch
     return [size for size in world_sizes(total) if size % repeats == 0 and size >= least and total // size % workers == 0]
@@ -154,7 +154,7 @@ def _free_bytes(recipe: Recipe, device: str) -> float:
     if device != "cpu":
         return float(torch.cuda.mem_get_info(device)[1])
     cores = psutil.cpu_count() or 1
-    workers = cores // max(1, recipe.launch.cpus_per_worker) if recipe.launch.workers == "auto" else int(recipe.launch.workers)
+    workers = min(recipe.launch.most or cores, cores // max(1, recipe.launch.cpus_per_worker))
     return float(psutil.virtual_memory().available) / max(1, min(workers, cores))
 
 

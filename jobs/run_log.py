@@ -41,6 +41,8 @@ class RankLog:
         self._attempt = worker.attempt
         self._trace: TextIO | None = None
         self._waited = 0.0
+        self._step = start
+        self._keys: list[str] = []
         if worker.rank == 0:
             self._trackers = Trackers(recipe, start, lambda text: self.event("tracker", text=text))
         if recipe.train.trace:
@@ -55,6 +57,10 @@ class RankLog:
         if self._trackers is not None:
             self._trackers.send({"event": event, **facts})
 
+    def place(self) -> dict[str, object]:
+        """Where this rank is, for whoever asks why it does not get on."""
+        return {"steps finished": self._step, "videos of the last micro-batch": self._keys}
+
     def count_flops(self, in_step: float, peak_per_s: float) -> None:
         """From now on steps tell which share of `peak_per_s` operations per second the `in_step` ones of this rank's step were."""
         self._flops_rate = in_step / peak_per_s
@@ -68,11 +74,13 @@ class RankLog:
             self._waited += time.perf_counter() - began
             if batch is None:
                 return
+            self._keys = batch.keys
             self._record(batch)
             yield batch.micro, batch
 
     def step(self, step: int, result: "StepResult", seconds: float, num_samples: int) -> None:
         """The figures of one finished optimizer step; `step` counts from 1."""
+        self._step = step
         self.event(
             "step",
             step=step,
@@ -116,8 +124,12 @@ class RankLog:
 
 def say_slow(rank: int, source: "Dataset | Mixture", item: "Item", seconds: float) -> None:
     """On standard error, which is in the run's logs: who waits for what."""
-    where = f"video '{item.key}', byte {item.offset} of {source.parts[source.part(item.row)].where}/{item.shard_file}"
-    click.echo(f"rank {rank} has waited {seconds:.1f} s for {where}", err=True)
+    click.echo(f"rank {rank} has waited {seconds:.1f} s for {where(source, item)}", err=True)
+
+
+def where(source: "Dataset | Mixture", item: "Item") -> str:
+    """A video and its place in a shard, for people."""
+    return f"video '{item.key}', byte {item.offset} of {source.parts[source.part(item.row)].where}/{item.shard_file}"
 
 
 def damage_before(run_dir: Path, position: int) -> set[int]:

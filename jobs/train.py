@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cluster import lease
+from cluster import hang, lease
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.errors import ClusterError, StoppedError
 from cluster.metrics import MetricsWriter
-from cluster.stopping import stop_asked
+from cluster.stopping import stop_asked, stop_reason
 from cluster.topology import Worker, num_micro_batches
 from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
@@ -24,7 +24,7 @@ from jobs.profiling import StepProfiler
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
 from jobs.run_folder import check_classes, checkpoints, epoch_length, identity, newest_checkpoint, prepare, total_steps
-from jobs.run_log import RankLog, damage_before, follow, say_slow
+from jobs.run_log import RankLog, damage_before, follow, say_slow, where
 from jobs.train_data import TrainData, open_checked_data, open_worker_data
 from pipeline.augmentation import swapped_labels
 from pipeline.index import Dataset
@@ -163,6 +163,8 @@ def worker(payload: Mapping[str, object], worker: Worker) -> None:
         StepProfiler(recipe, worker) as profiler,
     ):
         batches = log.watch(loader)
+        hang.tell("place", log.place)
+        hang.tell("reading", lambda: [f"{where(data.source, item)} for {seconds:.1f} s" for item, seconds in loader.reads()])
         for step in range(start, steps):
             profiler.before(step + 1)
             began = time.perf_counter()
@@ -196,7 +198,7 @@ def _leave(recipe: Recipe, saver: "_Saver", log: RankLog, step: int, steps: int)
 
     saver.wait()
     agree(step)  # nobody leaves before rank 0 has committed
-    log.event("stop", step=step, reason="SIGTERM" if stop_asked() else "train.time_limit")
+    log.event("stop", step=step, reason=stop_reason() or "train.time_limit")
     log.close()
     raise StoppedError(f"{recipe.run_dir} is saved at step {step} of {steps}; the same command goes on from there.")
 

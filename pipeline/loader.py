@@ -174,6 +174,10 @@ class Loader:
         self._ended = True
         raise StopIteration if ready is None else ready
 
+    def reads(self) -> list[tuple[Item, float]]:
+        """Whose bytes are being read now, and for how many seconds; may be asked in any thread."""
+        return self._watchdog.reads()
+
     def _produce(self) -> None:
         """Runs in its own thread: everything that goes wrong here is raised where the batches are taken."""
         waiting: deque[_InFlight] = deque()

@@ -31,6 +31,11 @@ class Watchdog:
     def end(self) -> None:
         del self._reads[threading.get_ident()]
 
+    def reads(self) -> list[tuple[Item, float]]:
+        """What is being read now, and for how many seconds it has been."""
+        now = time.monotonic()
+        return [(item, now - began) for item, began in self._reads.copy().values()]
+
     def _look(self) -> None:
         told: set[tuple[int, float]] = set()
         while not self._closed.wait(self._slow_s / LOOKS):

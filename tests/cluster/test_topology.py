@@ -21,7 +21,7 @@ def test_every_world_size_covers_each_micro_batch_once(total: int) -> None:
 
 @given(st.integers(1, 600), st.integers(1, 700))
 def test_the_largest_world_size_divides_and_fits(total: int, available: int) -> None:
-    size = largest_world_size(total, available)
+    size = largest_world_size(total, LaunchOptions(), available)
     assert total % size == 0
     assert size <= available
     assert not any(total % larger == 0 for larger in range(size + 1, min(available, total) + 1))
@@ -40,8 +40,14 @@ def test_refusals_name_the_recipe_key_and_what_would_do() -> None:
         num_micro_batches(0, 4)
     with pytest.raises(TopologyError, match=r"launch\.workers=5 does not divide the 8 .* Possible: 1, 2, 4, 8\."):
         check_world_size(8, 5)
-    with pytest.raises(TopologyError, match=r"launch\.cpus_per_worker"):
-        largest_world_size(8, 0)
+    with pytest.raises(LaunchError, match=r"launch\.cpus_per_worker"):
+        largest_world_size(8, LaunchOptions(), 0)
+    with pytest.raises(TopologyError, match=r"launch\.workers=\[3,3\]: .* divides the 8 .* Possible: 1, 2, 4, 8\.|does not divide"):
+        largest_world_size(8, LaunchOptions(workers=(3, 3)), 8)
+    with pytest.raises(TopologyError, match=r"launch\.workers=\[5,7\]: no number between these divides the 8 "):
+        largest_world_size(8, LaunchOptions(workers=(5, 7)), 8)
+    with pytest.raises(ValueError, match=r"workers: got \(3, 2\)"):
+        LaunchOptions(workers=(3, 2))
     with pytest.raises(TopologyError, match="Rank 2"):
         micro_batches_of(2, 2, 8)
 
@@ -55,10 +61,19 @@ def test_refusals_name_the_recipe_key_and_what_would_do() -> None:
         ({"workers": "auto", "cpus_per_worker": 2}, [(4, 8)], (2, 2.0)),
         ({"workers": 4}, [(1, 0), (1, 0)], (4, 0.5)),
         ({"workers": 2}, [(8, 0), (8, 0)], (2, 1.0)),
+        ({"workers": (2, 8)}, [(1, 0), (1, 0), (1, 0)], (2, 1.0)),  # 4 would need a fourth CPU
+        ({"workers": (2, 8)}, [(1, 0)], (2, 0.5)),  # the fewest share it
+        ({"workers": (1, 4)}, [(8, 8), (8, 8)], (4, 1.0)),
     ],
 )
 def test_workers_fit_node_by_node(options: dict[str, Any], nodes: list[tuple[float, int]], expected: tuple[int, float]) -> None:
-    assert fit_workers(8, LaunchOptions(**options), nodes) == expected
+    fit = fit_workers(8, LaunchOptions(**options), nodes)
+    assert (fit.sizes[0], fit.cpus_each) == expected
+
+
+def test_smaller_gangs_are_offered_down_to_the_fewest_and_empty_places_are_counted() -> None:
+    fit = fit_workers(12, LaunchOptions(workers=(2, 6)), [(1, 0)] * 5)
+    assert (fit.sizes, fit.places) == ([4, 3, 2], 5)
 
 
 def test_workers_that_fit_the_sum_but_no_node_are_refused() -> None:

@@ -53,7 +53,7 @@ def test_a_kill_under_ray_changes_nothing(tmp_path: Path, motion_dataset: Path, 
     events = read_metrics(run.dir / "metrics.jsonl")
     reasons = [str(event["reason"]) for event in events if event["event"] == "restart"]
     assert len(reasons) == 1
-    assert re.fullmatch(r"the process of rank [01] died", reasons[0])
+    assert re.fullmatch(r"the process of rank [01] on \S+ died", reasons[0])
     assert [event["step"] for event in events if event["event"] == "attempt"] == [0, 6]
     logs = sorted(path.relative_to(run.dir / "logs").as_posix() for path in (run.dir / "logs").rglob("*.log"))
     assert logs == [f"launch-0001/gang-000{gang}/rank-{rank}.log" for gang in (1, 2) for rank in (0, 1)]
