@@ -45,7 +45,6 @@ class RayGangs:
     def __init__(self, job: Job, num_micro_batches: int, options: LaunchOptions, on_event: Callable[[Mapping[str, object]], None]) -> None:
         self._job, self._num_micro_batches, self._options, self._on_event = job, num_micro_batches, options, on_event
         self._began = False
-        self._idle = 0
 
     def run(self, folder: Path) -> str | None:
         """One gang from start to end: None when every worker finished, else why it was ended. Leaves no process and no reservation.
@@ -100,11 +99,10 @@ class RayGangs:
 
     def _tell_idle(self, fit: Fit, size: int) -> None:
         idle = fit.places - size if size < (self._options.most or self._num_micro_batches) else 0
-        if idle > 0 and idle != self._idle:
+        if idle > 0:
             micro_batches = f"the {self._num_micro_batches} micro-batches of a step"
             reason = f"{fit.places} workers would fit, {size} work: no larger number that may work divides {micro_batches}."
             self._on_event({"event": "idle", "workers": size, "places": fit.places, "reason": reason})
-        self._idle = idle
 
     def _ranks(self, group: Group, size: int, fit: Fit, gpu: bool) -> list[Any]:
         rank = ray.remote(num_cpus=fit.cpus_each, num_gpus=1 if gpu else 0, max_restarts=0, max_task_retries=0)(_Rank)

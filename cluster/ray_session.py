@@ -6,6 +6,7 @@ import re
 import socket
 
 from cluster.errors import ClusterError
+from cluster.openness import CLOSE_IT, on_loopback
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -15,6 +16,13 @@ _SETTINGS = {
 }
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)  # before Ray is imported, which reads some of them then
+
+_PRIVATE = {
+    # Ray's figures for Prometheus, which would answer everybody on every interface: no agent's, and no port for the head's two servers.
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
 
 import ray as ray  # noqa: E402 - also for the other rooms' use: whoever imports Ray must do so after the above
 
@@ -26,9 +34,9 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     """Connects this process to Ray unless it is connected already.
 
     num_cpus: what a private cluster offers to tasks and workers; None is every core. Ignored when a cluster is joined.
-    Raises ClusterError when the cluster to join cannot be joined.
-    A private cluster advertises a loopback address, has no dashboard and ends with this process. Ray's gRPC ports still bind to all
-    interfaces; they refuse whoever lacks the token that Ray keeps in this user's home.
+    Raises ClusterError when the cluster to join cannot be joined, or takes orders from anybody who reaches it.
+    A private cluster advertises a loopback address, has no dashboard, shows no figures to Prometheus and ends with this process. Ray's
+    gRPC ports still bind to all interfaces; they refuse whoever lacks the token that Ray keeps in this user's home.
     """
     if ray.is_initialized():
         return
@@ -37,6 +45,8 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         return
     # A private cluster asks for a token, which Ray makes and keeps for this user; it need not say so every time.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for name, value in _PRIVATE.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -61,6 +71,10 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: that Ray cannot be joined: {text}. If it asks for a token (RAY_AUTH_MODE is{token} 'token' here), "
             f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with that cluster's. {advice}"
         ) from None
+    addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and not all(map(on_loopback, addresses)):
+        ray.shutdown()
+        raise ClusterError(f"RAY_ADDRESS={address}: this Ray cluster listens on {', '.join(addresses)} and asks for no token. {CLOSE_IT}")
 
 
 def _speaks_grpc(host: str, port: int) -> bool:

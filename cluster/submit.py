@@ -4,11 +4,9 @@ A cluster that takes orders from anybody is refused, unless it is on this very m
 without a token before anything is sent.
 """
 
-import ipaddress
 import logging
 import os
 import shlex
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +17,13 @@ import requests
 
 from cluster.errors import SubmitError
 from cluster.job import STOPPED_EXIT
+from cluster.openness import CLOSE_IT, on_loopback
 
 State: TypeAlias = Literal["pending", "running", "finished", "failed", "stopped"]
 
 CONNECT_S, REQUEST_S = 5.0, 30.0  # how long a head may take to answer at all, and to answer in full
 STOP_WAIT_S = 900  # from SIGTERM to SIGKILL: a step, a save
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-CLOSE_IT = (
-    "Anyone who reaches that port can run programs on every node. Stop the cluster, put one token into a file of mode 0600 on each node, "
-    "and start every node with RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE; see docs/howto/cluster.md."
-)
 _STATES: Mapping[str, State] = {
     "PENDING": "pending",
     "RUNNING": "running",
@@ -158,15 +153,6 @@ class Jobs:
             return call(*arguments)
         except (RuntimeError, ConnectionError, requests.RequestException) as error:
             raise SubmitError(f"{self.address}: {_reason(error)}") from None
-
-
-def on_loopback(host: str) -> bool:
-    """Whether every address of this name is one of the loopback interface."""
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
 def _submission(details: Any) -> Submission:

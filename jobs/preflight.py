@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 from cluster.errors import ClusterError
 from cluster.nodes import Node, ask, living, this_node
+from cluster.openness import CLOSE_IT, on_loopback
 from cluster.options import LaunchOptions
-from cluster.submit import CLOSE_IT, on_loopback
 from cluster.topology import fit_workers
 from jobs import preflight_node
 from jobs.packages import PACKAGES

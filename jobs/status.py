@@ -1,7 +1,7 @@
 """posmlp status: how a run gets on, from its folder alone: state, progress, rate, time left, last checkpoint, data wait, restarts."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -25,6 +25,7 @@ def run(folder: Path) -> dict[str, object]:
 
     step_s: median of the last steps; clips_per_s, data_wait (share of a step's time): their means. left_s: at that rate.
     silent_s: since the last event. checkpoint: step of the newest whole one; restarts: how often the gang began again.
+    places: why workers wait or places stay empty now.
     """
     if not is_run(folder):
         raise JobError(f"{folder}: no run folder. 'posmlp runs' lists those that are here; of a cluster, add --address http://HEAD:8265.")
@@ -51,8 +52,19 @@ def run(folder: Path) -> dict[str, object]:
         "workers": worlds[-1] if worlds else None,
         "restarts": len(restarts),
         "last_restart": restarts[-1].get("reason") if restarts else None,
+        "places": _places(events),
         "silent_s": None if last is None else max(0.0, time.time() - last),
     }
+
+
+def _places(events: Sequence[Mapping[str, object]]) -> str | None:
+    """What was last said of workers without a place, or of places without a worker, if no later gang has put an end to it."""
+    for event in reversed(events):
+        if event["event"] == "idle" or event["event"] == "waiting":
+            return str(event.get("reason"))
+        if event["event"] == "restart":
+            return None
+    return None
 
 
 def _saved(folder: Path) -> int | None:
@@ -96,6 +108,8 @@ def show(facts: Mapping[str, object]) -> None:
     click.echo(f"checkpoint  {'none yet' if facts['checkpoint'] is None else 'step ' + str(facts['checkpoint'])}")
     reason = f", the last because {facts['last_restart']}" if facts["last_restart"] else ""
     click.echo(f"workers     {_or(facts['workers'])}, restarted {facts['restarts']} times{reason}")
+    if facts["places"] is not None:
+        click.echo(f"places      {facts['places']}")
     if facts["silent_s"] is not None:
         click.echo(f"last event  {duration(_float(facts['silent_s']))} ago")
 
