@@ -31,13 +31,15 @@ def test_training(tmp_path: Path, host: hosts.Host, launcher: str, mode: str) ->
     words = ["data.dir=/tmp/shared/dataset", "run.dir=/tmp/shared/run", "train.steps=100000", "launch.cpus_per_worker=1"]
     train = ["train", "/tmp/shared/recipe.yaml", "--launcher", launcher, *words]
     with host.start(sys.executable, "-m", "jobs", *train, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 240
-        while not any(event["event"] == "step" for event in read_metrics(tmp_path / "run" / "metrics.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        assert_as_listed(mode, host)
-        host.kill()
+        try:
+            end = time.monotonic() + 240
+            while not any(event["event"] == "step" for event in read_metrics(tmp_path / "run" / "metrics.jsonl")):
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert_as_listed(mode, host)
+        finally:
+            host.kill()
 
 
 def test_viewer(host: hosts.Host) -> None:
