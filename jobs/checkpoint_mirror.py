@@ -5,8 +5,8 @@
                                                   score.json          where it was judged
     URL/drivers/000002-9c41d2aa.json                                  who may write: the newest driver
 
-What is there is what the same policy keeps (`cluster.retention`), applied to what is there: a checkpoint that was skipped because the
-store was slow costs no older one its place. Removal begins with the manifest. Names in the store are not trusted: of them only a
+What stays is what the same policy keeps of what is there (`cluster.retention`): a checkpoint that was skipped because the store was
+slow costs no older one its place. Removal begins with the manifest. Names in the store are not trusted: of them only a
 checkpoint's own become files, of the sizes that the store lists and the digests that the manifest gives.
 """
 
@@ -114,8 +114,8 @@ class Mirror:
         newest = max(self._drivers(), default=(0, ""))
         if self._driver is None or newest > self._driver:
             raise FencedError(
-                f"checkpoint.mirror={self}: another driver of this run has begun since ({_claim(newest)}). Nothing was changed there. "
-                "Stop one of the two, or give this run a mirror of its own."
+                f"checkpoint.mirror={self}: another driver of this run has begun since ({_claim(newest)}). "
+                "No checkpoint there was changed. Stop one of the two, or give this run a mirror of its own."
             )
 
     def copy(self, store: CheckpointStore, expect: Mapping[str, object], said: Callable[[Checkpoint, int, float], None]) -> None:
@@ -176,7 +176,8 @@ class Mirror:
 
     def _remove_old(self, store: CheckpointStore) -> None:
         there = self.listing()
-        stay = kept(self._saved(there), store.keep, store.keep_every)
+        # What stands here stays there too: the mirror's newest may be damaged, or another driver's of the same number.
+        stay = kept(self._saved(there), store.keep, store.keep_every) | {found.path.name for found in store.manifests()}
         for name, files in there.items():
             if name not in stay:  # leftovers of dead writers too
                 self._fence()
@@ -200,10 +201,13 @@ class Mirror:
         target = store.root / name
         try:
             problem = self._problem(name, files, target)
-        finally:
+        except BaseException:
             if not (target / MANIFEST).exists():
                 shutil.rmtree(target, ignore_errors=True)
+            raise
         if problem:
+            if not (target / MANIFEST).exists():
+                _make(target)  # empty: the next save takes a greater number than the damaged one's
             warn(f"{within(self.place, f'{CHECKPOINTS}/{name}')} is damaged ({problem}): it is skipped for the one before.")
         return not problem
 

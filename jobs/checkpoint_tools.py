@@ -48,7 +48,8 @@ def lines(place: Location) -> Iterator[str]:
 
 def line(checkpoint: Checkpoint, size: int, facts: Mapping[str, Any] | None) -> str:
     """One checkpoint for people. size: in bytes. facts: its judgement."""
-    judged = f"  top-1 {facts['top1']:.3f} of '{facts['split']}'" if facts and "top1" in facts else ""
+    top1 = facts.get("top1") if facts else None
+    judged = f"  top-1 {top1:.3f} of {facts.get('split')!r}" if facts and isinstance(top1, int | float) else ""
     return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}{judged}"
 
 

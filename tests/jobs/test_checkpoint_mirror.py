@@ -254,10 +254,11 @@ def test_the_newest_is_copied_and_the_policy_holds_there_too(tmp_path: Path, pla
     assert steps_in(mirror) == [8, 7, 4, 3]
     store.judge(store.manifests()[0], [0.95], {}, fence=unfenced)
     assert copy(mirror, store) == []
-    assert steps_in(mirror) == [8, 7, 4]
-    scored = [name for name, files in mirror.listing().items() if SCORE in files]
-    assert len(scored) == 3
-    assert fetched(place, tmp_path / "fresh") == ([8], [])
+    save(store, 9)
+    assert copy(mirror, store) == [9]
+    assert steps_in(mirror) == [9, 8, 4] == [found.step for found in store.manifests()]
+    assert [SCORE in files for files in mirror.listing().values()] == [False, True, True]
+    assert fetched(place, tmp_path / "fresh") == ([9, 8], [])
 
 
 def test_the_best_comes_along_and_what_is_not_newer_stays_away(tmp_path: Path, place: Location) -> None:
@@ -391,9 +392,15 @@ def test_what_is_not_whole_is_skipped_for_the_one_before(tmp_path: Path, proxy: 
     assert steps == [1]
     assert len(said) == (0 if harm == "no manifest" else 1)
     assert all(f"{url}/{name} is damaged" in text for text in said)
-    outside = {path for path in tmp_path.rglob("*") if path.is_file()} - files
-    assert all((tmp_path / "fresh" / "run" / "checkpoints") in path.parents for path in outside)
-    assert not (tmp_path / "fresh" / "run" / "checkpoints" / newest.name).exists()
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - files
+    folder = next((tmp_path / "fresh" / "run" / "checkpoints").glob("step-00000001-*"))
+    assert written == {folder / STATE, folder / MANIFEST}
+    fresh = store_in(tmp_path / "fresh" / "run", 1)
+    save(fresh, 3)
+    assert fresh.manifests()[0].number == (2 if harm == "no manifest" else 3)
+    copy(mirror := Mirror(url), fresh)
+    assert steps_in(mirror) == [3]
+    assert fetched(url, tmp_path / "next") == ([3], [])
 
 
 def test_bytes_that_only_come_wrong_are_asked_for_again(tmp_path: Path, proxy: Proxy) -> None:
@@ -434,6 +441,25 @@ def test_a_damaged_one_here_is_replaced_and_a_full_disk_is_said(tmp_path: Path, 
     newest = store.newest(META, warn=pytest.fail)
     assert newest is not None
     assert newest.step == 2
+
+
+def test_a_damaged_newest_there_costs_no_whole_one(tmp_path: Path) -> None:
+    """keep=1, resumed from the one before: that one stays there until a new one is."""
+    place, first, second = tmp_path / "mirror", store_in(tmp_path / "first", 1), store_in(tmp_path / "second", 1)
+    save(first, 1)
+    copy(Mirror(place), first)
+    shutil.copytree(place, tmp_path / "copy")
+    save(first, 2)
+    copy(Mirror(place), first)
+    shutil.copytree(tmp_path / "copy", place, dirs_exist_ok=True)  # as if the removal had not been made
+    (place / CHECKPOINTS / first.manifests()[0].path.name / STATE).write_bytes(b"")
+    mirror = Mirror(place)
+    assert mirror.fetch(second, None, lambda text: None)
+    copy(mirror, second)
+    assert steps_in(mirror) == [2, 1]
+    save(second, 2)
+    copy(mirror, second)
+    assert fetched(place, tmp_path / "third") == ([2], [])
 
 
 def digest(folder: RemoteFolder) -> dict[str, str]:
