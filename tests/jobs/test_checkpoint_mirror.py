@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from cluster.checkpoint import MANIFEST, SCORE, STATE, CheckpointStore
 from cluster.errors import CheckpointError, FencedError
 from cluster.metrics import read_metrics
-from jobs import mirroring, train
+from jobs import evaluate, mirroring, train
 from jobs.checkpoint_mirror import CHECKPOINTS, DRIVERS, Mirror
 from jobs.cli import posmlp
 from jobs.errors import JobError, RecipeError
@@ -120,6 +120,8 @@ def test_a_run_goes_on_from_the_mirror_and_ends_alike(tmp_path: Path, motion_dat
     assert train.run(recipe) == 9  # nothing is trained, and there is a run folder to evaluate
     assert load_recipe(str(run.dir / "recipe.yaml")) == recipe
     assert not (run.dir / "attempts").exists()
+    shutil.rmtree(run.dir / "checkpoints")
+    assert evaluate.run(run.dir)["step"] == 9
     listed = CliRunner().invoke(posmlp, ["checkpoint", "list", url]).output.splitlines()
     assert [line.split()[:2] for line in listed] == [["step", step] for step in "963"]
     assert CliRunner().invoke(posmlp, ["checkpoint", "list", "s3://bucket/nothing"]).exception
