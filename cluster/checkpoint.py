@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cluster.errors import CheckpointError
+from cluster.retention import Saved, best_of, kept
 from cluster.tensor_file import BLOCK_BYTES
 from cluster.tensor_file import Array as Array
 from cluster.tensor_file import write_safetensors as write_safetensors
@@ -43,22 +44,29 @@ _NAME = re.compile(r"step-(\d{8,})-(\d{6,})-[0-9a-f]{8}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One whole checkpoint. number: of the save in this run, unique and rising. meta: what `save` was given."""
+    """One whole checkpoint. number: of the save in this run, unique and rising. meta: what `save` was given.
+
+    files: name -> {"size", "sha256"}. tensors: name -> {"dtype", "shape", "slices"}.
+    """
 
     step: int
     number: int
     path: Path
     meta: Mapping[str, object]
+    files: Mapping[str, Any]
     tensors: Mapping[str, object]
 
     def judgement(self) -> dict[str, Any] | None:
         """What `CheckpointStore.judge` wrote about it: "score", a list of numbers, and facts; None where it was not judged."""
         try:
-            found = json.loads((self.path / SCORE).read_text(encoding="utf-8"))
-            usable = found["format"] == FORMAT_VERSION and all(isinstance(number, int | float) for number in found["score"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_score((self.path / SCORE).read_bytes())
+        except OSError:
             return None
-        return found if usable else None
+
+    def saved(self) -> Saved:
+        """As the policy sees it."""
+        facts = self.judgement()
+        return Saved(name=self.path.name, step=self.step, number=self.number, score=facts["score"] if facts else None)
 
     def load(self) -> dict[str, Array]:
         """All arrays by name. Raises CheckpointError when a file does not hold what the manifest says."""
@@ -93,6 +101,12 @@ def _assemble(entry: object, folder: Path, files: dict[str, dict[str, Array]]) -
     return whole.reshape(shape)
 
 
+def named(name: str, score: Sequence[float] | None) -> Saved | None:
+    """A checkpoint by the name of its folder; None where that is not a checkpoint's."""
+    found = _NAME.fullmatch(name)
+    return Saved(name=name, step=int(found[1]), number=int(found[2]), score=score) if found else None
+
+
 class CheckpointStore:
     """The checkpoints of one run under `root`. One writer at a time; readers need no lock.
 
@@ -103,8 +117,8 @@ class CheckpointStore:
     """
 
     def __init__(self, root: Path, keep: int, keep_every: int = 0, absent: Mapping[str, object] | None = None) -> None:
-        self._root = root
-        self._keep, self._keep_every = keep, keep_every
+        self.root = root
+        self.keep, self.keep_every = keep, keep_every
         self._absent = absent or {}
         self.save_s = 0.0
         self._thread: threading.Thread | None = None
@@ -148,7 +162,7 @@ class CheckpointStore:
         began = time.perf_counter()
         fence()
         number = max((number for number, _ in self._folders()), default=0) + 1
-        folder = self._root / f"step-{step:08d}-{number:06d}-{secrets.token_hex(4)}"
+        folder = self.root / f"step-{step:08d}-{number:06d}-{secrets.token_hex(4)}"
         try:
             folder.mkdir(parents=True)
             size, digest = write_safetensors(folder / STATE, tensors)
@@ -173,7 +187,7 @@ class CheckpointStore:
             fence()
             os.replace(temporary, folder / MANIFEST)
             _sync_folder(folder)
-            _sync_folder(self._root)
+            _sync_folder(self.root)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             fence()  # a newer attempt may have removed the folder: then that is the reason
@@ -188,11 +202,11 @@ class CheckpointStore:
     def _folders(self) -> list[tuple[int, Path]]:
         """(number, folder) of everything that looks like a checkpoint, whole or not, newest first."""
         try:
-            names = os.listdir(self._root)
+            names = os.listdir(self.root)
         except FileNotFoundError:
             return []
         matches = ((name, _NAME.fullmatch(name)) for name in names)
-        return sorted(((int(match[2]), self._root / name) for name, match in matches if match), reverse=True)
+        return sorted(((int(match[2]), self.root / name) for name, match in matches if match), reverse=True)
 
     def _remove_old(self) -> None:
         kept = self._kept()
@@ -203,12 +217,9 @@ class CheckpointStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _kept(self) -> set[Path]:
-        newest = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()][: self._keep]
-        regular = {}
-        if self._keep_every:  # of equal steps the last save
-            regular = {found.step: found.path for found in reversed(self.manifests()) if found.step % self._keep_every == 0}
-        best = self.best()
-        return {*newest, *regular.values(), *([best.path] if best else [])}
+        newest = [folder for _, folder in self._folders() if (folder / MANIFEST).exists()][: self.keep]
+        chosen = kept([found.saved() for found in self.manifests()], self.keep, self.keep_every)
+        return {*newest, *(self.root / name for name in chosen)}
 
     def judge(self, checkpoint: Checkpoint, score: Sequence[float], facts: Mapping[str, object], *, fence: Callable[[], None]) -> None:
         """Writes down what a checkpoint is worth: `score`, the greater the better, compared number by number; facts: JSON beside it."""
@@ -223,9 +234,8 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """The checkpoint of the greatest score, of equal ones the first saved; None where none was judged. Bytes are not looked at."""
-        judged = [(found.judgement(), found) for found in self.manifests()]
-        ranked = [((facts["score"], -found.number), found) for facts, found in judged if facts is not None]
-        return max(ranked, key=lambda pair: pair[0], default=(None, None))[1]
+        found = {one.path.name: one for one in self.manifests()}
+        return found.get(best_of(one.saved() for one in found.values()) or "")
 
     def manifests(self) -> list[Checkpoint]:
         """Checkpoints with a readable manifest, newest first; their bytes are not looked at."""
@@ -248,15 +258,25 @@ class CheckpointStore:
             if isinstance(found, str) or problem:
                 warn(f"{folder} is damaged ({problem}): it is skipped for the one before.")
                 continue
-            _compare(found, expect or {}, self._absent)
+            self.check(found, expect or {}, where=str(found.path), key="run.dir")
             yield found
+
+    def check(self, found: Checkpoint, expect: Mapping[str, object], *, where: str, key: str) -> None:
+        """Raises CheckpointError, with both values, where the meta is not as `expect` says. key: the recipe's, that led to `where`."""
+        for name, value in expect.items():
+            wanted, got = (json.loads(json.dumps(of)) for of in (value, found.meta.get(name, self._absent.get(name))))
+            if wanted != got:
+                raise CheckpointError(
+                    f"{where} is of another run: its {name} is {got!r}, this run's is {wanted!r}. "
+                    f"Resume with what it was made with, or choose another {key}."
+                )
 
     def at(self, number: int) -> Checkpoint:
         """The checkpoint of that number, which another process has found whole. Raises CheckpointError when it is gone."""
         for found, folder in self._folders():
             if found == number and isinstance(checkpoint := _read(folder), Checkpoint):
                 return checkpoint
-        raise CheckpointError(f"{self._root} has no checkpoint number {number}. Do all workers see the same run.dir?")
+        raise CheckpointError(f"{self.root} has no checkpoint number {number}. Do all workers see the same run.dir?")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -271,14 +291,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _read(folder: Path) -> Checkpoint | str:
     """A checkpoint from its manifest, or what is wrong with that."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if raw["format"] != FORMAT_VERSION:
-            return f"format version {raw['format']}, expected {FORMAT_VERSION}"
-        return Checkpoint(step=raw["step"], number=raw["number"], path=folder, meta=raw["meta"], tensors=raw["tensors"])
+        return read_manifest((folder / MANIFEST).read_bytes(), folder)
     except OSError as error:
         return str(error)
-    except (ValueError, KeyError, TypeError) as error:
+
+
+def read_manifest(text: bytes, folder: Path) -> Checkpoint | str:
+    """A checkpoint, in `folder`, from its manifest's text, or what is wrong with that."""
+    try:
+        raw = json.loads(text)
+        if raw["format"] != FORMAT_VERSION:
+            return f"format version {raw['format']}, expected {FORMAT_VERSION}"
+        step, number, parts = raw["step"], raw["number"], [raw[name] for name in ("meta", "files", "tensors")]
+        if not (isinstance(step, int) and isinstance(number, int) and all(isinstance(part, dict) for part in parts)):
+            return "its manifest is not one"
+        return Checkpoint(step=step, number=number, path=folder, meta=parts[0], files=parts[1], tensors=parts[2])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"its manifest is not readable: {error!r}"
+
+
+def read_score(text: bytes) -> dict[str, Any] | None:
+    """What a `score.json` says: "score", a list of numbers, and facts; None where it is none."""
+    try:
+        found = json.loads(text)
+        usable = found["format"] == FORMAT_VERSION and all(isinstance(number, int | float) for number in found["score"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if usable else None
 
 
 def _damage(folder: Path) -> str:
@@ -303,16 +342,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             yield block
-
-
-def _compare(found: Checkpoint, expect: Mapping[str, object], absent: Mapping[str, object]) -> None:
-    for key, value in expect.items():
-        wanted, got = (json.loads(json.dumps(of)) for of in (value, found.meta.get(key, absent.get(key))))
-        if wanted != got:
-            raise CheckpointError(
-                f"{found.path} is of another run: its {key} is {got!r}, this run's is {wanted!r}. "
-                "Resume with what it was made with, or choose another run.dir."
-            )
 
 
 def model_state(tensors: Mapping[str, Array], *, averaged: bool = True) -> dict[str, Array]:

@@ -91,12 +91,15 @@ class CheckpointOptions:
 
     every: optimizer steps between checkpoints. keep: how many whole checkpoints stay, the newest ones, beside the best one of a
     validation (`eval.every`). keep_every: those of multiples of so many steps stay too, a multiple of `every`; 0: none.
+    mirror: URL of a folder in an object store, or another folder, where those that stay are copied in the background; a machine whose
+    run folder is empty or older goes on from there. null: none.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_UNKNOWN
     every: int = 200
     keep: int = 2
     keep_every: int = 0
+    mirror: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "every", self.every, "at least 1 step")

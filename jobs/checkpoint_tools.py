@@ -1,12 +1,15 @@
 """posmlp checkpoint list | inspect | verify | export: what a run has saved, whether it is whole, and its weights for elsewhere."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from cluster.checkpoint import Checkpoint, CheckpointStore, model_state, open_checkpoint, write_safetensors
+from cluster.checkpoint import MANIFEST, SCORE, Checkpoint, CheckpointStore, model_state, open_checkpoint, write_safetensors
 from cluster.errors import CheckpointError
+from jobs.checkpoint_mirror import Mirror
 from jobs.errors import JobError
+from pipeline.location import Location
 
 
 def listed(run_dir: Path) -> list[Checkpoint]:
@@ -27,11 +30,26 @@ def chosen(run_dir: Path, step: int | None) -> Checkpoint:
     return open_checkpoint(fitting[0].path)
 
 
-def line(checkpoint: Checkpoint) -> str:
-    """One checkpoint for people."""
-    size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
-    facts = checkpoint.judgement()
-    judged = f"  top-1 {facts['top1']:.3f} of '{facts['split']}'" if facts and "top1" in facts else ""
+def lines(place: Location) -> Iterator[str]:
+    """The checkpoints of a run folder, or of a mirror at a URL, for people; newest first. Raises JobError where there is none."""
+    if isinstance(place, Path):
+        for found in listed(place):
+            yield line(found, sum(path.stat().st_size for path in found.path.iterdir()), found.judgement())
+        return
+    mirror = Mirror(place)
+    whole = {name: files for name, files in mirror.listing().items() if MANIFEST in files}
+    if not whole:
+        raise JobError(f"{place} has no checkpoint; expected a run's checkpoint.mirror.")
+    for name, files in whole.items():
+        there = mirror.manifest(name)
+        judged = mirror.judgement(name) if SCORE in files else None
+        yield f"{name} is damaged: {there}" if isinstance(there, str) else line(there, sum(files.values()), judged)
+
+
+def line(checkpoint: Checkpoint, size: int, facts: Mapping[str, Any] | None) -> str:
+    """One checkpoint for people. size: in bytes. facts: its judgement."""
+    top1 = facts.get("top1") if facts else None
+    judged = f"  top-1 {top1:.3f} of {facts.get('split')!r}" if facts and isinstance(top1, int | float) else ""
     return f"step {checkpoint.step:>8}  {len(checkpoint.tensors):>5} tensors  {size / (1 << 20):>9.1f} MiB  {checkpoint.path.name}{judged}"
 
 

@@ -479,13 +479,13 @@ STEP = click.option("--step", type=int, help="Of the checkpoint; the newest one 
 
 
 @checkpoint.command("list")
-@click.argument("run_dir", type=FOLDER, metavar="RUN")
-def checkpoint_list(run_dir: Path) -> None:
-    """The run's checkpoints, newest first."""
+@click.argument("place", type=PLACE, metavar="RUN|URL")
+def checkpoint_list(place: "Location") -> None:
+    """The run's checkpoints, or those of a checkpoint.mirror at a URL, newest first."""
     from jobs import checkpoint_tools as verb
 
-    for found in verb.listed(run_dir):
-        click.echo(verb.line(found))
+    for found in verb.lines(place):
+        click.echo(found)
 
 
 @checkpoint.command("inspect")

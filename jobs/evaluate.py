@@ -26,6 +26,7 @@ from cluster.topology import Worker, num_micro_batches
 from jobs.accuracy import summarise
 from jobs.beside import beside
 from jobs.errors import JobError, RecipeError, user_errors
+from jobs.mirroring import mirror_of, resume
 from jobs.predictions import ViewOutput, finished_parts, merge, records, write_part
 from jobs.progress import Progress
 from jobs.recipe import Recipe, load_recipe, parse_recipe
@@ -62,6 +63,8 @@ def run(
     dataset = open_dataset(recipe, recipe.data.val_split)
     path = result_path(run_dir, kept, recipe, average, checkpoint)
     with lease.hold(run_dir):
+        if recipe.mirror is not None:
+            resume(recipe, dataset, mirror_of(recipe), write=False)
         chosen = _newest(recipe, dataset, average) if checkpoint == "last" else [_chosen(recipe, dataset, checkpoint)]
         facts = facts_of(recipe, dataset, chosen)
         parts = run_dir / "eval" / f"{PARTS}{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"

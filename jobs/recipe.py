@@ -248,6 +248,15 @@ class Recipe(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _mirror_is_a_place(self) -> Self:
+        if self.checkpoint.mirror is not None:
+            try:
+                location(self.checkpoint.mirror)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.mirror: {error}") from None
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _choice_is_a_part_of_its_own(self) -> Self:
         split, share = self.data.choose_split, self.data.choose_fraction
         if split is not None and split in (self.data.train_split, self.data.val_split):
@@ -291,6 +300,11 @@ class Recipe(Section):
         if self.run.dir is None:
             raise RecipeError("run.dir is not set: add 'run.dir=FOLDER'.")
         return self.run.dir
+
+    @property
+    def mirror(self) -> Location | None:
+        """Where checkpoints are copied to."""
+        return None if self.checkpoint.mirror is None else location(self.checkpoint.mirror)
 
     @property
     def dataset_dir(self) -> Location:
@@ -392,7 +406,10 @@ def _with_absolute_paths(recipe: Recipe, default_run_dir: Path | None) -> Recipe
     data["mix"] = tuple(each.model_copy(update={"dir": _absolute(each.dir)}) for each in recipe.data.mix)
     run = recipe.run.model_copy(update={"dir": _absolute(recipe.run.dir or default_run_dir)})
     train = recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)})
-    return recipe.model_copy(update={"run": run, "data": recipe.data.model_copy(update=data), "train": train})
+    mirror = None if recipe.mirror is None else str(_absolute(recipe.mirror))
+    checkpoint = dataclasses.replace(recipe.checkpoint, mirror=mirror)
+    parts = {"run": run, "data": recipe.data.model_copy(update=data), "train": train, "checkpoint": checkpoint}
+    return recipe.model_copy(update=parts)
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

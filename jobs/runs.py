@@ -83,7 +83,8 @@ def look_at(folder: Path) -> Run:
     stepped = [_whole(event.get("step")) for event in events if event["event"] in ("step", "end")]
     step = stepped[-1] if stepped else saved
     total = _total(recipe) if recipe else None
-    if total is None and events and events[-1]["event"] == "end":
+    gang = [event["event"] for event in events if event["event"] != "mirror"]  # the driver's own may follow the end
+    if total is None and gang and gang[-1] == "end":
         total = step
     top1 = result.get("top1")
     state = _state(folder, recipe, saved, total)

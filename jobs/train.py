@@ -20,6 +20,7 @@ from cluster.topology import Worker, num_micro_batches
 from jobs.deadline import Deadline
 from jobs.errors import JobError, user_errors
 from jobs.fit import is_out_of_memory, out_of_memory, remembered, solved, with_recomputation
+from jobs.mirroring import mirror_of, mirrored, resume
 from jobs.profiling import StepProfiler
 from jobs.progress import Progress
 from jobs.recipe import Recipe, parse_recipe
@@ -43,8 +44,6 @@ def run(recipe: Recipe) -> int:
     Raises PipelineError, ClusterError or JobError with a text for the user; StoppedError, everything saved, after SIGTERM or when
     `train.time_limit` is near.
     """
-    from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
-
     end = None if recipe.train.time_limit is None else time.time() + recipe.train.time_limit
     data = open_checked_data(recipe)
     dataset = data.dataset
@@ -53,31 +52,41 @@ def run(recipe: Recipe) -> int:
     recipe.network(len(dataset.info.classes)).resolve()  # a model that cannot be built fails here, not on every worker
     swapped_labels(dataset.info.classes, recipe.augment.flip_labels)  # and so does a class that is not there
     recipe = solved(recipe, len(dataset.info.classes))
+    mirror = mirror_of(recipe)
     with lease.hold(recipe.run_dir):
-        found = newest_checkpoint(recipe, dataset)
-        done = found.step if found else 0
-        if found is not None and done >= steps and not (recipe.eval.every and found.judgement() is None):
-            return done
-        prepare(recipe)
-        metrics = recipe.run_dir / "metrics.jsonl"
-        with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
-            train = partial(
-                launch,
-                "jobs.train:worker",
-                {"recipe": recipe.model_dump(mode="json"), "end": end, "datasets": data.fingerprints},
-                run_dir=recipe.run_dir,
-                num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
-                options=recipe.launch,
-                on_event=partial(_record, metrics),
-                user_errors=user_errors(),
-                progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
-                stoppable=True,
-            )
-            _until_it_fits(recipe, train, metrics)
+        found = resume(recipe, dataset, mirror, write=True)
+        with mirrored(mirror, checkpoints(recipe), identity(recipe, dataset), partial(_record_mirrored, recipe.run_dir)):
+            if found is not None and found.step >= steps and not (recipe.eval.every and found.judgement() is None):
+                if not (recipe.run_dir / "recipe.yaml").exists():  # all of it came from the mirror
+                    prepare(recipe)
+                return found.step
+            prepare(recipe)
+            _run_gang(recipe, {"recipe": recipe.model_dump(mode="json"), "end": end, "datasets": data.fingerprints}, found, steps)
         final = newest_checkpoint(recipe, dataset)
     if final is None or final.step < steps:
         raise JobError(f"Training in {recipe.run_dir} ended before its last step. See {recipe.run_dir / 'logs'}.")
     return final.step
+
+
+def _run_gang(recipe: Recipe, payload: Mapping[str, object], found: Checkpoint | None, steps: int) -> None:
+    """Launches the workers with `payload` and shows how they get on, until they are done. Raises as `run`."""
+    from cluster.launch import launch  # imports torch or Ray, which `posmlp --help` must not
+
+    metrics, done = recipe.run_dir / "metrics.jsonl", found.step if found else 0
+    with Progress("training", total=steps, unit="steps", done=done) as progress, follow(metrics, progress, done):
+        train = partial(
+            launch,
+            "jobs.train:worker",
+            payload,
+            run_dir=recipe.run_dir,
+            num_micro_batches=num_micro_batches(recipe.train.global_batch, recipe.train.micro_batch),
+            options=recipe.launch,
+            on_event=partial(_record, metrics),
+            user_errors=user_errors(),
+            progress=partial(_saved_step, str(recipe.run_dir / "checkpoints")),
+            stoppable=True,
+        )
+        _until_it_fits(recipe, train, metrics)
 
 
 def _until_it_fits(recipe: Recipe, train: Callable[[], None], metrics: Path) -> None:
@@ -102,6 +111,10 @@ def _record(metrics: Path, event: Mapping[str, object]) -> None:
     writer = MetricsWriter(metrics, attempt if isinstance(attempt, int) else 0)
     writer.write(str(event["event"]), **facts)
     writer.close()
+
+
+def _record_mirrored(run_dir: Path, event: Mapping[str, object]) -> None:
+    _record(run_dir / "metrics.jsonl", {**event, "attempt": lease.newest_attempt(run_dir)})
 
 
 def _saved_step(checkpoints: str) -> int:

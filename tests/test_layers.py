@@ -39,6 +39,7 @@ PURE = [
     "cluster.schedule",
     "cluster.lease",
     "cluster.checkpoint",
+    "cluster.retention",
     "cluster.metrics",
     "model.presets",
     "jobs.errors",

@@ -227,8 +227,7 @@ def main() -> None:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     trial = Trial(out, options.steps)
-    trial.local("data", "build", "jhmdb12", f"data.videos={options.videos.resolve()}", f"data.labels={options.labels.resolve()}",
-                f"data.dir={out / 'dataset'}")  # fmt: skip
+    trial.local("data", "build", "--videos", str(options.videos), "--labels", str(options.labels), "--out", str(out / "dataset"))
     shared = out / "shared"
     if not (shared / "run" / "eval.json").exists():
         shutil.rmtree(shared, ignore_errors=True)
