@@ -13,11 +13,13 @@ from typing import Any
 
 import click
 
+from cluster.metrics import merge_steps, read_metrics
 from jobs import build, evaluate, train
 from jobs.recipe import Recipe, load_recipe
 from model.presets import count_macs, count_parameters
 
 RECIPE, SPLIT = "jhmdb12", "split2"
+LAST = 50  # training steps
 SEEDS = 3  # of what is compared closely
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "base: trunc_normal, parallel V1": (),
@@ -39,12 +41,14 @@ SEVERAL_SEEDS = frozenset(list(VARIANTS)[:2])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Of a variant: millions of parameters, GMACs of a clip, and top-1 and mean loss per seed on the held-out videos."""
+    """Of a variant: millions of parameters, GMACs of a clip; per seed, top-1 on the held-out videos and the mean loss of the last
+    LAST training steps, which says how well it fits what it sees."""
 
     name: str
     parameters: float
     gmacs: float
     top1: list[float]
+    loss: list[float]
     num_videos: int
 
 
@@ -66,6 +70,7 @@ def run(videos: Path, labels: Path, out: Path, steps: int) -> list[Outcome]:
                 parameters=count_parameters(config) / 1e6,
                 gmacs=count_macs(config) / 1e9,
                 top1=[result["top1"] for result in results],
+                loss=[result["loss"] for result in results],
                 num_videos=results[0]["num_videos"],
             )
         )
@@ -86,20 +91,29 @@ def _result(recipe: Recipe, title: str) -> dict[str, Any]:
         build.build_dataset(recipe)
         train.run(recipe)
         evaluate.run(recipe.run_dir)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    steps = merge_steps(read_metrics(recipe.run_dir / "metrics.jsonl"))[-LAST:]
+    loss = statistics.mean(float(str(event["loss"])) for event in steps)
+    return {**json.loads(path.read_text(encoding="utf-8")), "loss": loss}
 
 
 def table(outcomes: list[Outcome]) -> str:
     """Markdown: a row per variant, and how far apart equal runs are."""
     base = statistics.mean(outcomes[0].top1)
-    rows = ["| variant | parameters, M | GMACs | top-1 | against the base |", "|---|---|---|---|---|"]
+    rows = ["| variant | parameters, M | GMACs | top-1 | against the base | training loss |", "|---|---|---|---|---|---|"]
     for outcome in outcomes:
-        mean = statistics.mean(outcome.top1)
-        shown = f"{mean:.3f}" + (f" ({', '.join(f'{value:.3f}' for value in outcome.top1)})" if len(outcome.top1) > 1 else "")
-        rows.append(f"| {outcome.name} | {outcome.parameters:.3f} | {outcome.gmacs:.3f} | {shown} | {mean - base:+.3f} |")
-    spread = statistics.mean([statistics.stdev(outcome.top1) for outcome in outcomes if len(outcome.top1) > 1])
+        top1, loss = _mean(outcome.top1), _mean(outcome.loss)
+        change = statistics.mean(outcome.top1) - base
+        rows.append(f"| {outcome.name} | {outcome.parameters:.3f} | {outcome.gmacs:.3f} | {top1} | {change:+.3f} | {loss} |")
+    several = [outcome for outcome in outcomes if len(outcome.top1) > 1]
+    spread, wander = (statistics.mean(map(statistics.stdev, found)) for found in zip(*((o.top1, o.loss) for o in several), strict=True))
     error = (base * (1 - base) / outcomes[0].num_videos) ** 0.5
     rows.append(
-        f"\nEqual runs with other seeds differ by {spread:.3f} (standard deviation); {outcomes[0].num_videos} videos give {error:.3f}."
+        f"\nEqual runs with other seeds differ by {spread:.3f} in top-1 and {wander:.3f} in loss (standard deviations); "
+        f"{outcomes[0].num_videos} videos give top-1 an error of {error:.3f}."
     )
     return "\n".join(rows)
+
+
+def _mean(values: list[float]) -> str:
+    each = f" ({', '.join(f'{value:.3f}' for value in values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{each}"
