@@ -34,7 +34,7 @@ from pipeline.location import Location
 from pipeline.manifest import held_out
 from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION
-from pipeline.requests import check_base_layer
+from pipeline.requests import check_base_layer, check_keyframes
 
 SHOWN = 5  # classes named in a message
 _LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
@@ -180,6 +180,12 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
     dataset = open_checked(recipe, recipe.dataset_dir, recipe.data.split_column, split)
     check_base_layer(dataset, recipe.clip)
+    check_keyframes(dataset, recipe.clip, recipe.augment)
+    if dataset.info.boxes is not None and dataset.info.boxes.most_classes > 1:
+        raise DatasetError(
+            f"{dataset.where}: the boxes of a keyframe have up to {dataset.info.boxes.most_classes} classes, and there is no model for "
+            "boxes yet. Training and evaluation take datasets in which the boxes of a keyframe have one class."
+        )
     return dataset
 
 

@@ -29,7 +29,7 @@ _MATRICES = {  # AVColorSpace of a frame -> swscale's matrix; others are treated
 class CanonicalPicture:
     """Brings decoded frames to the size, orientation and colours that the first of them decides.
 
-    aspect: of a source pixel, width to height. width, height: of the result.
+    aspect: of a source pixel, width to height. width, height: of the result. source_size: (width, height) of the source, turned upright.
     """
 
     def __init__(self, first: VideoFrame, aspect: Fraction, short_side: int) -> None:
@@ -38,6 +38,7 @@ class CanonicalPicture:
         assert matrix is None or isinstance(matrix, SideData)
         self._transpose, self._flip_rows, self._flip_columns = orientation(b"" if matrix is None else bytes(matrix))
         self.width, self.height = self._size[::-1] if self._transpose else self._size
+        self.source_size = (first.height, first.width) if self._transpose else (first.width, first.height)
         self._recolour = Recolour()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
