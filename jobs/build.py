@@ -70,7 +70,8 @@ def summary(recipe: Recipe, info: DatasetInfo) -> str:
     """What is there now, for people. Raises DatasetError, StorageError."""
     out = recipe.dataset_dir
     found = leaks.find(Dataset.open(out, recipe.loader.remote))
-    text = f"{out}: {info.num_items} {'videos' if info.boxes is None else 'keyframes'}, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
+    kind = "videos" if info.boxes is None else "keyframes"
+    text = f"{out}: {info.num_items} {kind}, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
     return f"{text}; {leaks.summary(found)} ('posmlp data leaks {out}')" if found.found else text
 
 
