@@ -7,9 +7,10 @@
 A box with several labels is several rows with the same number, so that all columns are plain and are looked up without a copy.
 """
 
+import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -21,6 +22,7 @@ import pyarrow as pa
 from pipeline.canonical import SLACK_S, Trace
 from pipeline.errors import DatasetError
 from pipeline.keyed import Roi
+from pipeline.order import mix
 from pipeline.quarantine import Reason
 
 VERSION = 1  # of boxes.arrow
@@ -181,6 +183,17 @@ def most_classes(table: pa.Table) -> int:
     rows, labels = table.column("row").to_numpy(), table.column("label").to_numpy()
     pairs = np.unique(rows.astype(np.uint64) << np.uint64(32) | labels.astype(np.uint64))
     return int(np.unique(pairs >> np.uint64(32), return_counts=True)[1].max(initial=0))
+
+
+def digests(table: pa.Table, names: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """A number per item, equal for equal boxes in whatever order, (num_items,). names: of the classes."""
+    columns = {name: table.column(name).to_numpy() for name in SCHEMA.names}
+    classes = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in names]
+    words = np.array(classes, dtype=np.uint64)[columns["label"]]
+    for name in (*CORNERS, "person"):
+        words = mix(words ^ columns[name].view(np.uint32))
+    rows = columns["row"]
+    return np.asarray(np.add.reduceat(words, np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

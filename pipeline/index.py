@@ -323,14 +323,19 @@ class Dataset:
 
     def boxes(self) -> BoxTable | None:
         """The boxes of all items, mapped; None where items are no keyframes. Raises DatasetError when they do not fit dataset.json."""
+        path = self.boxes_path()
+        return None if path is None else open_table(path, len(self), len(self.info.classes))
+
+    def boxes_path(self) -> Path | None:
+        """Their file on this machine, of the size that dataset.json says. Raises DatasetError, StorageError."""
         if self.info.boxes is None:
             return None
-        file, path = self.info.boxes_file, self.root / self.info.boxes_file
+        path, expected = self.root / self.info.boxes_file, self.info.boxes
         if self.origin is not None:
-            path = self.origin.kept(file, self.origin.folder.size(file), self.info.boxes.sha256)
-        if not path.is_file() or path.stat().st_size != self.info.boxes.size:
-            raise DatasetError(f"{path} is missing or not {self.info.boxes.size} bytes long. Run 'posmlp data validate {self.where}'.")
-        return open_table(path, len(self), len(self.info.classes))
+            path = self.origin.kept(path.name, self.origin.folder.size(path.name), expected.sha256)
+        if not path.is_file() or path.stat().st_size != expected.size:
+            raise DatasetError(f"{path} is missing or not {expected.size} bytes long. Run 'posmlp data validate {self.where}'.")
+        return path
 
     @property
     def num_kept(self) -> int:

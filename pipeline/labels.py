@@ -6,7 +6,7 @@ Several label files are one list; each that has no split column of its own is a 
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -122,7 +122,8 @@ def _read_boxes(videos: Videos, files: Sequence[tuple[str, Path]], stated: str, 
     for split, path, table in tables:
         named = split or (_split_of(path) if len(tables) > 1 and not _own_splits(table) else "")
         found += [(path, each) for each in reader.read(table, path, columns, named, known)]
-    labels = [_class_name(name, classes or {}) for name in reader.names]
+    named_classes = {} if classes is None else classes
+    labels = [_class_name(name, named_classes, set(named_classes.values())) for name in reader.names]
     names = ordered_classes(set(labels)) if classes is None else list(classes.values())
     places = {name: place for place, name in enumerate(names)}
     numbers = np.array([places[label] for label in labels], dtype=np.int32)
@@ -131,9 +132,9 @@ def _read_boxes(videos: Videos, files: Sequence[tuple[str, Path]], stated: str, 
     return Labels(rows=rows, split_columns=columns, format=formats[0], classes=names)
 
 
-def _class_name(label: str, classes: Mapping[int, str]) -> str:
-    """The name of a class that is given by its name or its number."""
-    return classes.get(int(label), label) if label not in classes.values() and label.isdecimal() else label
+def _class_name(label: str, classes: Mapping[int, str], known: Container[str]) -> str:
+    """The name of a class that is given by its name, one of `known`, or its number."""
+    return label if label in known or not label.isdecimal() else classes.get(int(label), label)
 
 
 def _video_row(
@@ -251,7 +252,7 @@ def _numbered(rows: Iterator[Row], classes: Mapping[int, str]) -> Iterator[Row]:
     """Rows whose label is a class's name, from rows that have its name or its number."""
     known = set(classes.values())
     for row in rows:
-        label = row.label if row.label in known else _class_name(row.label, classes)
+        label = _class_name(row.label, classes, known)
         if label not in known:
             raise ManifestError(f"{row.where}: label '{row.label}' is not one of the {len(classes)} classes of the file that numbers them.")
         yield Row(row.file, row.unit, row.number, row.path, label, row.splits, row.group, row.start_s, row.end_s, row.num_frames)

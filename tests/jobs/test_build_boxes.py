@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import amend, append, build, data_card, info, leaks, run_folder, validate
+from jobs import amend, append, build, data_card, diff, info, leaks, run_folder, validate
 from jobs.build_commit import read_quarantine
 from jobs.build_shard import ShardTask, build_shard, record_path
 from jobs.recipe import parse_overrides
@@ -143,6 +143,21 @@ def test_the_same_request_gives_the_same_bytes(by_frame: Path, tmp_path: Path) -
     assert content[0] == content[1]
 
 
+def test_datasets_differ_in_boxes(by_frame: Path, tmp_path: Path) -> None:
+    """One box is moved, one has another person; a class gets another number because one more is before it."""
+    text = (by_frame / "boxes.csv").read_text().replace("a.mp4,4,24,24,56,56", "a.mp4,4,24,24,56,57").replace("2,train", "9,train")
+    (tmp_path / "boxes.csv").write_text(text.replace("b.mp4,7,30,27,62,59,run", "b.mp4,7,30,27,62,59,a"))
+    make(by_frame / "videos", tmp_path / "boxes.csv", tmp_path / "data")
+    found = diff.run(by_frame / "data", tmp_path / "data")
+    items = found["items"]
+    assert isinstance(items, dict)
+    assert {kind: entry["keys"] for kind, entry in items.items() if entry["num"]} == {
+        "label": ["b~f000007"], "boxes": ["a~f000003", "a~f000004", "b~f000007"]
+    }  # fmt: skip
+    assert not found["equal"]
+    diff.show(found)
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_a_batch_has_its_boxes_where_its_pixels_are(by_frame: Path, flip: float) -> None:
     """Strong crops: boxes are compared with where the keyframe is white, and with the parameters in plain NumPy."""
@@ -261,6 +276,8 @@ def test_what_looks_at_a_dataset_knows_keyframes(by_frame: Path, tmp_path: Path)
     data[-400] ^= 1
     (root / "boxes.arrow").write_bytes(data)
     assert [(each.file, each.what) for each in validate.run(root)] == [("boxes.arrow", "SHA-256 (altered, or of another build)")]
+    with pytest.raises(DatasetError, match=r"boxes.arrow was altered"):
+        run_folder.open_dataset(parse_overrides({"data": {"dir": str(root)}}, []), "train")
     (root / "boxes.arrow").write_bytes(data[:-8])
     with pytest.raises(DatasetError, match=r"boxes.arrow is missing or not \d+ bytes long"):
         Dataset.open(root).boxes()
