@@ -1,4 +1,4 @@
-"""One video: every frame of it verified, transcoded to the canonical form.
+"""One video: every frame of it verified, transcoded to the canonical form, or copied where it is in that form already.
 
 Videos are untrusted input. `verify_and_transcode` is meant to run in the limited child process of `media_worker`, and either returns
 what it wrote or raises RejectedError with a reason, which goes to the quarantine list.
@@ -10,6 +10,7 @@ referred to by none. Its bytes repeat for equal library versions: one thread, a 
 """
 
 import errno
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +27,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
 
 from pipeline.canonical import Timed, Trace, resample, within
+from pipeline.canonical_file import avc_configuration, is_canonical
 from pipeline.errors import PipelineError
 from pipeline.likeness import Likeness
 from pipeline.options import EncodeOptions, LimitOptions
@@ -88,11 +90,17 @@ def verify_and_transcode(
         canonical = CanonicalPicture(first.frame, reading.aspect, encode.short_side)
         likeness = Likeness()
         pictures = (_noted(canonical(each.frame), likeness) for each in chain([first], frames))
+        size, whole = (canonical.width, canonical.height), not pictured and start_s is None and end_s is None
         try:
-            written = _encode(destination, pictures, (canonical.width, canonical.height), rate, encode)
+            copied = whole and canonical.changes_nothing and _is_canonical(source, destination, reading.facts, rate, encode, limits)
+            written = sum(1 for _ in pictures) if copied else _encode(destination, pictures, size, rate, encode)
         except av.error.FFmpegError as error:
             raise _refused(error) from None
+    if copied:
+        shutil.copyfile(source, destination)
     counted = _count_packets(destination)
+    if counted != written and copied:
+        raise RejectedError(Reason.DAMAGED, f"it holds {counted} frames, {written} decode")
     if counted != written:
         raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {counted} came out")
     if trace is not None:
@@ -110,6 +118,18 @@ def verify_and_transcode(
         source_digest=digest_of(reading.files, start_s, end_s).hex(),
         content=likeness.digest().hex(),
     )
+
+
+def _is_canonical(source: Path, scratch: Path, facts: SourceFacts, rate: Fraction, encode: EncodeOptions, limits: LimitOptions) -> bool:
+    """Whether a video that keeps its size is in the canonical form already, see `canonical_file`."""
+    if (facts.codec, facts.pixel_format) != ("h264", "yuv420p"):
+        return False
+    context = av.CodecContext.create("libx264", "w")
+    _configure(context, (facts.width, facts.height), rate, encode)
+    context.flags |= int(Flags.global_header)
+    context.open()
+    assert context.extradata is not None
+    return is_canonical(source, scratch, rate, avc_configuration(bytes(context.extradata)), encode, limits)
 
 
 def _noted(picture: VideoFrame, likeness: Likeness) -> VideoFrame:
