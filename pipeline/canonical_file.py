@@ -11,7 +11,8 @@ and our muxer writes a file in one way only. A file is ours when
 Presets that differ only in how thoroughly the encoder searches have the same parameter sets and are not told apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ import av
 
 from pipeline.h264 import is_droppable, is_instant, length_size
 from pipeline.options import BASE_STEP, EncodeOptions, LimitOptions
+from pipeline.quarantine import Reason, RejectedError
 from pipeline.segments import VideoPacket, write_packets
 from pipeline.source_video import opened, video_stream
 
@@ -91,8 +93,8 @@ def _is_regular(pictures: Sequence[_Picture], step: Fraction, encode: EncodeOpti
 
 def _same_files(one: Path, other: Path) -> bool:
     """Whether two files are equal but for the bit rates in their headers."""
-    with one.open("rb") as first, other.open("rb") as second:
-        blocks = [first.read(BLOCK_BYTES), second.read(BLOCK_BYTES)]
+    with closing(_blocks(one)) as first, closing(_blocks(other)) as second:
+        blocks = [next(first), next(second)]
         place = blocks[0].find(RATES)
         if place >= 0:
             place += len(RATES)
@@ -100,5 +102,22 @@ def _same_files(one: Path, other: Path) -> bool:
         while blocks[0] == blocks[1]:
             if not blocks[0]:
                 return True
-            blocks = [first.read(BLOCK_BYTES), second.read(BLOCK_BYTES)]
+            blocks = [next(first), next(second)]
     return False
+
+
+def copy_file(source: Path, destination: Path) -> None:
+    """Raises RejectedError when the source cannot be read, OSError when the destination cannot be written."""
+    with closing(_blocks(source)) as blocks, destination.open("wb") as file:
+        while block := next(blocks):
+            file.write(block)
+
+
+def _blocks(path: Path) -> Generator[bytes, None, None]:
+    """What is in a file, then empty blocks for ever."""
+    try:
+        with path.open("rb") as file:
+            while True:
+                yield file.read(BLOCK_BYTES)
+    except OSError as error:
+        raise RejectedError(Reason.READ_FAILED, str(error.strerror)) from None

@@ -10,7 +10,6 @@ referred to by none. Its bytes repeat for equal library versions: one thread, a 
 """
 
 import errno
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +26,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
 
 from pipeline.canonical import Timed, Trace, resample, within
-from pipeline.canonical_file import avc_configuration, is_canonical
+from pipeline.canonical_file import avc_configuration, copy_file, is_canonical
 from pipeline.errors import PipelineError
 from pipeline.likeness import Likeness
 from pipeline.options import EncodeOptions, LimitOptions
@@ -97,7 +96,7 @@ def verify_and_transcode(
         except av.error.FFmpegError as error:
             raise _refused(error) from None
     if copied:
-        shutil.copyfile(source, destination)
+        copy_file(source, destination)
     counted = _count_packets(destination)
     if counted != written and copied:
         raise RejectedError(Reason.DAMAGED, f"it holds {counted} frames, {written} decode")
