@@ -54,6 +54,8 @@ def relabel(root: Location, labels: Mapping[str, str], reason: str = "") -> Amen
     A class that the dataset does not have is refused: models are built for the number of classes. Build the dataset anew for one more.
     """
     with _changed(root) as dataset:
+        if dataset.info.boxes is not None:
+            raise DatasetError(f"{root} has keyframes, whose labels are those of their boxes. Correct the label file and build it anew.")
         classes = {name: place for place, name in enumerate(dataset.info.classes)}
         strange = sorted(set(labels.values()) - classes.keys())
         if strange:

@@ -23,9 +23,9 @@ from jobs.build_folder import PLAN_VERSION, compare, explained, only_builder, re
 from jobs.build_tasks import build_shards, check_frames, request_of, shard_tasks
 from pipeline.errors import DatasetError, ManifestError
 from pipeline.index import SPLIT_PREFIX, Dataset, DatasetInfo, read_info
-from pipeline.labels import LabelFiles
+from pipeline.labels import LabelFiles, ordered_classes
 from pipeline.location import Location
-from pipeline.manifest import WINDOW_MARK, Manifest, Source, ordered_classes, read_manifest, summary
+from pipeline.manifest import WINDOW_MARK, Manifest, Source, read_manifest, summary
 from pipeline.media import check_encoder
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import TRIED_AGAIN
@@ -75,6 +75,7 @@ def run(
             )
             click.echo(summary(manifest), err=True)
             _check_splits(dataset, manifest)
+            _check_kind(dataset, manifest)
             check_frames(manifest, encode)
             drawn = [replace(source, splits=()) for source in manifest.sources] if manifest.drawn else manifest.sources
             asked = replace(manifest, sources=drawn)  # which split a video was drawn into depends on the dataset as well
@@ -84,27 +85,27 @@ def run(
                 shutil.rmtree(out / "append", ignore_errors=True)  # killed in its very last step
                 return Appended(info=dataset.info, num_items=0, num_quarantined=0, new_classes=[])
             _refuse_known(dataset, manifest.sources)
-            return _extend(dataset, videos, manifest.sources, manifest.missing, request, encode, limits, num_cpus)
+            return _extend(dataset, videos, manifest.sources, manifest.missing, manifest.classes, request, encode, limits, num_cpus)
 
 
 def read_again(
     out: Path,
     info: DatasetInfo,
     videos: Location,
-    sources: Sequence[Source],
+    manifest: Manifest,
     encode: EncodeOptions,
     limits: LimitOptions,
     num_cpus: int | None,
 ) -> DatasetInfo:
-    """Tries those of `sources` again that could not be read when the dataset was built, and appends what can be read now."""
+    """Tries those videos of `manifest` again that could not be read when the dataset was built, and appends what can be read now."""
     dataset = Dataset.open(out)
     waiting = {_place(row) for row in read_quarantine(dataset) if row["reason"] in TRIED_AGAIN}
-    again = [source for source in sources if (source.path, source.start_s, source.end_s) in waiting]
+    again = [source for source in manifest.sources if (source.path, source.start_s, source.end_s) in waiting]
     if not any(_opens(videos, source) for source in again):
         return info
     with only_builder(out):
         request: dict[str, object] = {"videos": f"{len(again)} that could not be read before"}
-        return _extend(Dataset.open(out), videos, again, [], request, encode, limits, num_cpus).info
+        return _extend(Dataset.open(out), videos, again, [], manifest.classes, request, encode, limits, num_cpus).info
 
 
 def _opens(videos: Location, source: Source) -> bool:
@@ -152,6 +153,12 @@ def _check_splits(dataset: Dataset, manifest: Manifest) -> None:
         )
 
 
+def _check_kind(dataset: Dataset, manifest: Manifest) -> None:
+    kinds = ["videos" if has is None else "keyframes with boxes" for has in (dataset.info.boxes, manifest.box_classes)]
+    if kinds[0] != kinds[1]:
+        raise ManifestError(f"The items of {dataset.where} are {kinds[0]}, the new ones {kinds[1]}. Build another dataset of them.")
+
+
 def _appended(info: DatasetInfo) -> list[object]:
     entries = info.build.get("appended", [])
     assert isinstance(entries, list)
@@ -174,11 +181,13 @@ def _extend(
     videos: Location,
     sources: Sequence[Source],
     missing: Sequence[str],
+    named: Sequence[str],
     request: Mapping[str, object],
     encode: EncodeOptions,
     limits: LimitOptions,
     num_cpus: int | None,
 ) -> Appended:
+    """named: the classes of `sources`, in the order of the labels of their boxes."""
     out, info = dataset.root, dataset.info
     work = out / "append"
     first = 1 + max(int(number) for shard in info.shards for number in re.findall(r"(\d+)\.tar$", shard.file))
@@ -186,9 +195,12 @@ def _extend(
     remove_leftovers(out, work)
     size_bytes = int(str(info.build["shard_size_mib"])) << 20
     shards = deal(sources, ratio=float(str(info.build["source_ratio"])), shard_bytes=size_bytes, seed=int(str(info.build["seed"])))
-    classes = [*info.classes, *ordered_classes({source.label for source in sources} - set(info.classes))]
+    classes = [*info.classes, *ordered_classes(set(named) - set(info.classes))]
     splits = _grown(info.splits, sources)
-    tasks = shard_tasks(shards, classes, splits, videos=videos, out=out, work=work, encode=encode, limits=limits, first=first)
+    box_classes = named if info.boxes else None
+    tasks = shard_tasks(
+        shards, classes, splits, videos=videos, out=out, work=work, encode=encode, limits=limits, first=first, box_classes=box_classes
+    )
     build_shards(tasks, num_cpus)
     remove_leftovers(out, work)
     made = collect(out, work, range(first, first + len(shards)), first_shard=len(info.shards))

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import overlay
+from pipeline import boxes, overlay
 from pipeline.index import Dataset, DatasetInfo, ShardInfo, index_schema
 from pipeline.order import Order
 from pipeline.overlay import Kind
@@ -34,6 +35,7 @@ def run(sizes: Sequence[int] = SIZES) -> list[dict[str, float]]:
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_synthetic(Path(folder), size)
+            write_boxes(Path(folder), size)
             done = subprocess.run(
                 [sys.executable, "-m", "jobs.bench_scale", folder], capture_output=True, text=True, check=True, env=dict(os.environ)
             )
@@ -118,7 +120,39 @@ def measure(root: Path) -> dict[str, float]:
         "private MB": round((memory - before) / 1e6, 1),
         f"open, {OVERLAID} left out, ms": round(1e3 * (reopened - overlaid), 2),
         "choose split of it ms": round(1e3 * (time.perf_counter() - reopened), 2),
+        **measure_boxes(root, len(dataset), np.asarray(rows[:BATCH])),
     }
+
+
+def write_boxes(root: Path, num_items: int) -> None:
+    """A boxes.arrow with one box an item."""
+    whole = {"row": np.arange(num_items, dtype=np.uint32), "x2": np.ones(num_items, np.float32), "y2": np.ones(num_items, np.float32)}
+    zeros = {field.name: np.zeros(num_items, field.type.to_pandas_dtype()) for field in boxes.SCHEMA}
+    with (root / "boxes.arrow").open("wb") as file:
+        boxes.write_table(file, [pa.table(zeros | whole, schema=boxes.SCHEMA)])
+
+
+def measure_boxes(root: Path, num_items: int, rows: npt.NDArray[np.uint32]) -> dict[str, float]:
+    """The same of boxes.arrow: opening, and looking up the boxes of `rows`. Memory is without the file's pages, which ranks share."""
+    before = _anonymous_kib()
+    began = time.perf_counter()
+    table = boxes.open_table(root / "boxes.arrow", num_items, 1)
+    opened = time.perf_counter()
+    for row in rows.tolist():
+        table.of(row)
+    looked = time.perf_counter()
+    return {
+        "boxes MB": round((root / "boxes.arrow").stat().st_size / 1e6, 2),
+        "open boxes ms": round(1e3 * (opened - began), 2),
+        f"boxes of {BATCH} ms": round(1e3 * BATCH / len(rows) * (looked - opened), 1),
+        "private MB of boxes": round((_anonymous_kib() - before) * 1024 / 1e6, 2),
+    }
+
+
+def _anonymous_kib() -> int:
+    """Memory of this process that no file stands behind."""
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    return int(text.partition("Anonymous:")[2].split()[0])
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def summary(recipe: Recipe, info: DatasetInfo) -> str:
     """What is there now, for people. Raises DatasetError, StorageError."""
     out = recipe.dataset_dir
     found = leaks.find(Dataset.open(out, recipe.loader.remote))
-    text = f"{out}: {info.num_items} videos, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
+    kind = "videos" if info.boxes is None else "keyframes"
+    text = f"{out}: {info.num_items} {kind}, {info.num_quarantined} not in ('posmlp data quarantine {out}')"
     return f"{text}; {leaks.summary(found)} ('posmlp data leaks {out}')" if found.found else text
 
 
@@ -106,7 +107,7 @@ def run(
                 return made(upload.folder, upload) if info is None else _finished(out, info, asked, upload.sizes())
         if (out / "dataset.json").is_file():
             info = _finished_folder(out, asked)
-            return read_again(out, info, videos, manifest.sources, encode, limits, num_cpus)
+            return read_again(out, info, videos, manifest, encode, limits, num_cpus)
         (out / "build").mkdir(parents=True, exist_ok=True)
         with only_builder(out):
             if (out / "dataset.json").is_file():  # another build has just finished it
@@ -131,7 +132,9 @@ def _make(
     shards = deal(manifest.sources, ratio=ratio, shard_bytes=int(str(asked["shard_size_mib"])) << 20, seed=int(str(asked["seed"])))
     classes, splits = manifest.classes, splits_of(manifest)
     place = upload.url if upload else out
-    tasks = shard_tasks(shards, classes, splits, videos=videos, out=place, work=work, encode=encode, limits=limits)
+    tasks = shard_tasks(
+        shards, classes, splits, videos=videos, out=place, work=work, encode=encode, limits=limits, box_classes=manifest.box_classes
+    )
     build_shards(tasks, num_cpus)
     remove_leftovers(out, work)  # of tasks that died and were run again
     if upload:

@@ -19,7 +19,7 @@ from pipeline.location import Location
 
 LOCK = ".build.lock"
 _ABSENT: Mapping[str, object] = {"encode.form": "plain"}  # what was meant before there was such an option
-PLAN_VERSION = 2  # of what a plan means and of the records of finished shards
+PLAN_VERSION = 3  # of what a plan means and of the records of finished shards
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     URL/build/plan.json            created only if there is none
     URL/shards/shard-000000.tar    uploaded by the task that made it, one PUT or one completed multipart upload
     URL/build/shard-000000.arrow   uploaded after it: where it exists, the shard is finished
-    URL/quarantine.parquet, index.arrow, likeness.arrow, dataset.json   in this order; then build/ is removed
+    URL/quarantine.parquet, boxes.arrow, index.arrow, likeness.arrow, dataset.json   in this order; then build/ is removed
 
 The driver works as for a local folder, in a temporary one that begins as a copy of what is finished at the URL, shards excepted. All that
 a build knows is at the URL, so that any machine goes on with it. Two builds of one plan at a time waste work and make the same bytes.
@@ -67,6 +67,7 @@ class Upload:
 
     def commit(self, info: DatasetInfo) -> None:
         """Uploads what the driver wrote, dataset.json last, and removes build/."""
-        for name in (info.quarantine_file, info.index_file, info.likeness_file, "dataset.json"):
+        boxes = [] if info.boxes is None else [info.boxes_file]
+        for name in (info.quarantine_file, *boxes, info.index_file, info.likeness_file, "dataset.json"):
             self._remote.upload(self.folder / name, name)
         self._remote.delete(sorted(self._remote.sizes("build"), key=lambda name: name == PLAN))

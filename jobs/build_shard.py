@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import duplicates
+from pipeline.boxes import Keyframe, keyframes
+from pipeline.canonical import Trace
 from pipeline.durable import committed
 from pipeline.errors import DatasetError
 from pipeline.index import SPLIT_PREFIX, ShardInfo, index_schema
@@ -28,6 +31,7 @@ from pipeline.segments import cut_evenly
 from pipeline.shards import NAME, Member, ShardWriter
 from pipeline.source_files import SourceFiles
 
+BOXES = "boxes"  # a column of the record: what becomes boxes.arrow
 READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read is read again
 
 
@@ -35,6 +39,7 @@ READ_AGAIN_S = (0.2, 1.0, 5.0)  # pauses before a source that could not be read 
 class ShardTask:
     """All that a task needs to make shard `number`. labels, codes: per source, its class index and its split code per split column.
 
+    box_labels: where items are keyframes, the class index of each label of the sources' boxes; None where they are videos.
     out: a folder, or a URL. work: the folder in `out` for records and unfinished videos; with a URL the driver's alone, and the task works
     in the system's temporary folder.
     """
@@ -49,6 +54,7 @@ class ShardTask:
     split_columns: list[str]
     encode: EncodeOptions
     limits: LimitOptions
+    box_labels: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,85 +71,138 @@ def record_path(work: Path, number: int) -> Path:
     return work / f"shard-{number:06d}.arrow"
 
 
-def read_record(path: Path) -> tuple[ShardInfo, pa.Table, pa.Table, list[dict[str, object]]]:
-    """A finished shard, its rows and their digests (`duplicates.COLUMNS`), both mapped, and its rows of the quarantine list."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Record:
+    """A finished shard: its rows of the index, their digests (`duplicates.COLUMNS`), both mapped, and its rows of the quarantine list.
+
+    boxes: of each row, as rows of `boxes.STORED`; none where items are videos.
+    """
+
+    shard: ShardInfo
+    rows: pa.Table
+    likenesses: pa.Table
+    rejects: list[dict[str, object]]
+    boxes: pa.ChunkedArray | None
+
+
+def read_record(path: Path) -> Record:
+    """The record of a finished shard."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    info = ShardInfo(**json.loads(table.schema.metadata[b"shard"]))
     names = [field.name for field in duplicates.COLUMNS]
     plain = table.replace_schema_metadata(None)
-    return info, plain.drop_columns(names), plain.select(names), json.loads(table.schema.metadata[b"rejects"])
+    return Record(
+        shard=ShardInfo(**json.loads(table.schema.metadata[b"shard"])),
+        rows=plain.drop_columns([*names, *([BOXES] if BOXES in table.column_names else [])]),
+        likenesses=plain.select(names),
+        rejects=json.loads(table.schema.metadata[b"rejects"]),
+        boxes=table.column(BOXES) if BOXES in table.column_names else None,
+    )
 
 
 def build_shard(task: ShardTask) -> int:
     """Makes one shard and, last, its record. Returns how many videos it rejected. Idempotent: doing it twice makes the same bytes."""
     if not isinstance(task.out, str):
         with tempfile.TemporaryDirectory(dir=task.work) as work:
-            return len(_make(task, Path(work), task.out / NAME.format(task.number), record_path(task.work, task.number)))
+            return _make(task, Path(work), task.out / NAME.format(task.number), record_path(task.work, task.number))[1]
     with tempfile.TemporaryDirectory(prefix="posmlp-shard-") as work:
         tar, record = Path(work) / "shard.tar", record_path(Path(work), task.number)
-        rejects = _make(task, Path(work), tar, record)
+        num_items, num_rejects = _make(task, Path(work), tar, record)
         remote = RemoteFolder(task.out)
-        if len(rejects) < len(task.sources):  # a shard of rejects alone is not kept
+        if num_items:  # a shard of rejects alone is not kept
             remote.upload(tar, NAME.format(task.number))
         remote.upload(record, f"build/{record.name}")
-        return len(rejects)
+        return num_rejects
 
 
-def _make(task: ShardTask, work: Path, tar: Path, record: Path) -> list[Reject]:
-    """Writes the tar and then the record. work: a folder for unfinished videos."""
+def _make(task: ShardTask, work: Path, tar: Path, record: Path) -> tuple[int, int]:
+    """Writes the tar and then the record; returns how many items and rejects there are. work: a folder for unfinished videos."""
     rows: list[dict[str, object]] = []
-    likenesses: list[dict[str, object]] = []
     rejects: list[Reject] = []
     files = SourceFiles(task.videos, task.limits)
     with MediaWorker(task.encode, task.limits) as worker, ShardWriter(tar) as writer:
-        video = work / "video.mp4"
+        video, trace = work / "video.mp4", None if task.box_labels is None else work / "trace.json"
         for source, label, codes in zip(task.sources, task.labels, task.codes, strict=True):
             try:
-                report = _transcode(worker, files, source, video)
+                report = _transcode(worker, files, source, video, trace)
             except RejectedError as rejected:
                 rejects.append(Reject(source=source, reason=rejected.reason, detail=rejected.detail))
                 continue
-            for number, piece in enumerate(_pieces(video, source.key, report, task.encode)):
+            found, refused = _keyframes(source, task.box_labels, trace)
+            rejects.extend(Reject(source=source, reason=reason, detail=detail) for reason, detail in refused)
+            digests = _likeness(report)
+            for piece in _pieces(video, source.key, report, task.encode):
+                items = _items(piece, label, found)
+                if not items:
+                    continue
                 member = writer.add(piece.key, label, _facts(source, label, report, piece), piece.path)
-                rows.append(_row(task, source, label, codes, report, piece, member))
-                likenesses.append(_likeness(report) if number == 0 else {"bytes": None, "content": None})  # the first stands for all
+                for item in items:
+                    rows.append({**_row(task, source, codes, report, piece, member), **item, **digests})
+                    digests = dict.fromkeys(digests)  # the first item of a video stands for all
     info = ShardInfo(file=NAME.format(task.number), size=writer.size, sha256=writer.sha256, num_items=len(rows))
     rejected_rows = [_reject_row(task.split_columns, reject) for reject in rejects]
-    table = pa.Table.from_pylist(rows, schema=index_schema(task.split_columns))
-    for field in duplicates.COLUMNS:
-        table = table.append_column(field, pa.array([each[field.name] for each in likenesses], field.type))
+    boxed = task.box_labels is not None
+    fields = [*duplicates.COLUMNS, *([pa.field(BOXES, pa.large_binary(), nullable=False)] if boxed else [])]
+    schema = pa.schema([*index_schema(task.split_columns, keyframes=boxed), *fields])
     metadata = {"shard": json.dumps(asdict(info)), "rejects": json.dumps(rejected_rows)}
-    with committed(record) as file, pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as stream:
-        stream.write_table(table.replace_schema_metadata(metadata))
-    return rejects
+    with committed(record) as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata)))
+    return len(rows), len(rejects)
 
 
-def transcode(worker: MediaWorker, files: SourceFiles, source: Source, destination: Path, end_s: float | None = None) -> MediaReport:
-    """What the worker makes of a source, at `destination`. end_s: where to stop, instead of the source's own end. Raises RejectedError."""
+def _keyframes(source: Source, labels: Sequence[int] | None, trace: Path | None) -> tuple[list[Keyframe] | None, list[tuple[Reason, str]]]:
+    """(the keyframes of a source, None where it is an item itself; why others are not in)."""
+    if source.boxes is None or labels is None or trace is None:
+        return None, []
+    return keyframes(source.boxes.relabelled(np.array(labels, dtype=np.int32)), Trace.read(trace))
+
+
+def transcode(
+    worker: MediaWorker, files: SourceFiles, source: Source, destination: Path, end_s: float | None = None, trace: Path | None = None
+) -> MediaReport:
+    """What the worker makes of a source, at `destination`. end_s: where to stop, instead of the source's own end. trace: a file for the
+    `Trace` of it. Raises RejectedError.
+    """
+    end_s = source.end_s if end_s is None else end_s
     with files.local(source, destination) as path:
-        return worker.transcode(path, destination, source.start_s, source.end_s if end_s is None else end_s, source.num_frames)
+        return worker.transcode(path, destination, source.start_s, end_s, source.num_frames, trace)
 
 
-def _transcode(worker: MediaWorker, files: SourceFiles, source: Source, video: Path) -> MediaReport:
+def _transcode(worker: MediaWorker, files: SourceFiles, source: Source, video: Path, trace: Path | None) -> MediaReport:
     """The same, but storage that fails gets some more chances."""
     for delay_s in READ_AGAIN_S:
         try:
-            return transcode(worker, files, source, video)
+            return transcode(worker, files, source, video, trace=trace)
         except RejectedError as rejected:
             if rejected.reason != Reason.READ_FAILED:
                 raise
         time.sleep(delay_s)
-    return transcode(worker, files, source, video)
+    return transcode(worker, files, source, video, trace=trace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """What becomes one item: a video, or one of the windows that a long one is cut into. window: where in the video, None for all."""
+    """What becomes one member of the tar: a video, or one of the windows that a long one is cut into. window: where, None for all."""
 
     key: str
     path: Path
     num_frames: int
     window: dict[str, int] | None = None
+
+    @property
+    def begin(self) -> int:
+        """Its first frame in the whole video."""
+        return 0 if self.window is None else self.window["begin"]
+
+
+def _items(piece: _Piece, label: int, found: Sequence[Keyframe] | None) -> list[dict[str, object]]:
+    """What is an item's own among the items of a piece: the piece itself or, where keyframes are `found`, those in it."""
+    if found is None:
+        return [{"key": piece.key, "label": label}]
+    return [
+        {"key": piece.key + each.name, "label": each.label, "keyframe": each.frame - piece.begin, BOXES: each.rows.tobytes()}
+        for each in found
+        if piece.begin <= each.frame < piece.begin + piece.num_frames
+    ]
 
 
 def _pieces(video: Path, key: str, report: MediaReport, encode: EncodeOptions) -> Iterator[_Piece]:
@@ -184,14 +243,11 @@ def _facts(source: Source, label: int, report: MediaReport, piece: _Piece) -> di
     }
 
 
-def _row(
-    task: ShardTask, source: Source, label: int, codes: list[int], report: MediaReport, piece: _Piece, member: Member
-) -> dict[str, object]:
+def _row(task: ShardTask, source: Source, codes: list[int], report: MediaReport, piece: _Piece, member: Member) -> dict[str, object]:
+    """What all items of a piece have in common."""
     return {
-        "key": piece.key,
         "source": source.path,
         "group": source.group,
-        "label": label,
         "shard": task.number,
         "offset": member.offset,
         "size": member.size,

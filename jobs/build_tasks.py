@@ -62,8 +62,11 @@ def shard_tasks(
     encode: EncodeOptions,
     limits: LimitOptions,
     first: int = 0,
+    box_classes: Sequence[str] | None = None,
 ) -> list[ShardTask]:
-    """What each shard is made of. first: the number of the first of `shards`."""
+    """What each shard is made of. first: the number of the first of `shards`. box_classes: names of the labels of the sources' boxes,
+    None where items are videos.
+    """
     labels = {name: index for index, name in enumerate(classes)}
     codes = [{name: index for index, name in enumerate(names)} for names in splits.values()]
     return [
@@ -78,6 +81,7 @@ def shard_tasks(
             split_columns=list(splits),
             encode=encode,
             limits=limits,
+            box_labels=None if box_classes is None else [labels[name] for name in box_classes],
         )
         for number, sources in enumerate(shards, first)
     ]

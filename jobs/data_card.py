@@ -88,7 +88,7 @@ def render(root: Location) -> str:
         codes = dataset.column(SPLIT_PREFIX + column)[kept]
         counts = [(name, int((codes == code).sum())) for code, name in [*enumerate(names), (-1, "in none")]]
         splits[column] = _shares([(name, num) for name, num in counts if num])
-    seconds = _seconds(dataset)[kept]
+    seconds = _seconds(dataset)[dataset.videos()]
     return template("data_card.html.j2").render(
         name=Path(root).resolve().name,
         info=info,
@@ -115,9 +115,9 @@ def _seconds(dataset: Dataset) -> npt.NDArray[np.float64]:
 
 def _charts(dataset: Dataset, seconds: npt.NDArray[np.float64]) -> list[Histogram]:
     def column(name: str) -> npt.NDArray[np.float64]:
-        return dataset.column(name)[kept].astype(np.float64)
+        return dataset.column(name)[videos].astype(np.float64)
 
-    kept = dataset.kept()
+    videos = dataset.videos()
     sides = np.minimum(column("width"), column("height"))
     found = [
         histogram(column("end") - column("begin"), title="Length in frames", x_label="frames", whole=True),

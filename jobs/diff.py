@@ -6,10 +6,12 @@ item lies, and who built it, is no difference: a reader sees the same. Overlays 
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from pipeline import boxes
 from pipeline.index import SPLIT_PREFIX, Dataset
 from pipeline.location import Location
 
@@ -61,11 +63,14 @@ def _values(a: dict[str, object], b: dict[str, object]) -> dict[str, list[object
 
 def _comparable(dataset: Dataset, split_columns: Sequence[str]) -> pa.Table:
     """key and what of an item is compared, classes and splits by name (as dictionaries: codes beside one short list of names)."""
-    table = dataset.table
+    table, found = dataset.table, dataset.boxes()
+    words = np.zeros(len(dataset), np.uint64) if found is None else boxes.digests(found.table, dataset.info.classes)
+    frames = np.zeros(len(dataset), np.int32) if found is None else dataset.column("keyframe")
     if len(dataset.overlay.excluded):
         table = table.filter(pa.array(dataset.kept()))
     columns = {name: table.column(name) for name in ("key", *BYTES, *FRAMES)}
     columns["label"] = _named(pa.chunked_array([dataset.column("label")[dataset.kept()]]), dataset.info.classes)
+    columns |= {"boxes": pa.chunked_array([words[dataset.kept()]]), "keyframe": pa.chunked_array([frames[dataset.kept()]])}
     for name in split_columns:
         codes = table.column(SPLIT_PREFIX + name).cast(pa.int32())
         columns[SPLIT_PREFIX + name] = _named(pc.add(codes, pa.scalar(1, pa.int32())), [NONE, *dataset.info.splits[name]])
@@ -82,7 +87,7 @@ def _items(a: pa.Table, b: pa.Table) -> dict[str, dict[str, object]]:
         "only_a": _listed(a.select(["key"]).join(b.select(["key"]), "key", join_type="left anti")),
         "only_b": _listed(b.select(["key"]).join(a.select(["key"]), "key", join_type="left anti")),
     }
-    kinds = {"bytes": BYTES, "frames": FRAMES, "label": ("label",)}
+    kinds = {"bytes": BYTES, "frames": FRAMES, "label": ("label",), "boxes": ("boxes", "keyframe")}
     kinds |= {name: (name,) for name in a.column_names if name.startswith(SPLIT_PREFIX)}
     for kind, columns in kinds.items():  # one kind at a time, so that a join holds few columns
         both = a.select(["key", *columns]).join(b.select(["key", *columns]), "key", join_type="inner", right_suffix="/b")
@@ -106,7 +111,7 @@ def _listed(table: pa.Table, shown: Sequence[str] = ()) -> dict[str, object]:
 
 
 TITLES = {"only_a": "items only in A", "only_b": "items only in B", "bytes": "items with other bytes", "frames": "items with other frames",
-          "label": "items with another label"}  # fmt: skip
+          "label": "items with another label", "boxes": "keyframes with other boxes"}  # fmt: skip
 
 
 def show(found: dict[str, object]) -> None:

@@ -20,9 +20,10 @@ def run(root: Location) -> dict[str, object]:
     dataset = Dataset.open(root)
     info = dataset.info
     kept = dataset.kept() if len(dataset.overlay.excluded) else slice(None)  # a mask would copy what is mapped
-    frames = dataset.column("end")[kept].astype(np.int64) - dataset.column("begin")[kept].astype(np.int64)
-    sizes = dataset.column("size")[kept].astype(np.int64)
-    pixels = Counter(zip(dataset.column("width")[kept].tolist(), dataset.column("height")[kept].tolist(), strict=True))
+    videos = kept if info.boxes is None else dataset.videos()
+    frames = dataset.column("end")[videos].astype(np.int64) - dataset.column("begin")[videos].astype(np.int64)
+    sizes = dataset.column("size")[videos].astype(np.int64)
+    pixels = Counter(zip(dataset.column("width")[videos].tolist(), dataset.column("height")[videos].tolist(), strict=True))
     labels = np.bincount(dataset.column("label")[kept].astype(np.int64), minlength=len(info.classes))
     splits = {}
     for column, names in info.splits.items():
@@ -32,6 +33,7 @@ def run(root: Location) -> dict[str, object]:
         "folder": str(root),
         "fingerprint": info.fingerprint,
         "items": dataset.num_kept,
+        **({} if info.boxes is None else {"keyframes": dataset.num_kept, "boxes": info.boxes.num_boxes, "videos": len(frames)}),
         "left_out": len(dataset.overlay.excluded),
         "relabelled": len(dataset.overlay.relabelled),
         "overlays": [str(each) for each in dataset.overlay.files],
@@ -42,11 +44,11 @@ def run(root: Location) -> dict[str, object]:
         "splits": splits,
         "shards": len(info.shards),
         "bytes": sum(shard.size for shard in info.shards),
-        "hours": round(float((frames / dataset.column("fps")[kept].astype(np.float64)).sum()) / 3600, 3) if len(frames) else 0.0,
+        "hours": round(float((frames / dataset.column("fps")[videos].astype(np.float64)).sum()) / 3600, 3) if len(frames) else 0.0,
         "frames": _spread(frames),
         "video_bytes": _spread(sizes),
         "sizes": {f"{width}x{height}": count for (width, height), count in pixels.most_common(8)},
-        "fps": {f"{rate:g}": count for rate, count in Counter(dataset.column("fps")[kept].tolist()).most_common(8)},
+        "fps": {f"{rate:g}": count for rate, count in Counter(dataset.column("fps")[videos].tolist()).most_common(8)},
         "build": info.build,
         "libraries": info.libraries,
     }

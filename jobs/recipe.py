@@ -50,7 +50,8 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 Place = Annotated[Path | str, pydantic.BeforeValidator(_location)]
 LocalPath = Annotated[Path, pydantic.BeforeValidator(_local)]
 Format = Literal[  # those of pipeline.label_file
-    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "folders", "frames", "images", "tars"
+    "auto", "csv", "tsv", "jsonl", "parquet", "kinetics", "kinetics_whole", "something", "list", "ava", "ava_cut", "boxes", "folders",
+    "frames", "images", "tars",
 ]  # fmt: skip
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?) ?(step|epoch)s?")
 

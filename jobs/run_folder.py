@@ -34,7 +34,7 @@ from pipeline.location import Location
 from pipeline.manifest import held_out
 from pipeline.mixture import Mixture
 from pipeline.order import ORDER_VERSION
-from pipeline.requests import check_base_layer
+from pipeline.requests import check_base_layer, check_keyframes
 
 SHOWN = 5  # classes named in a message
 _LIBRARIES = ("posmlp-video", "torch", "nvidia-dali-cuda130", "ray", "deepspeed", "webdataset", "av", "numpy", "pyarrow")
@@ -180,22 +180,33 @@ def open_dataset(recipe: Recipe, split: str) -> Dataset:
     """The recipe's dataset, its index checked against its SHA-256 and `split` not empty. Raises DatasetError."""
     dataset = open_checked(recipe, recipe.dataset_dir, recipe.data.split_column, split)
     check_base_layer(dataset, recipe.clip)
+    check_keyframes(dataset, recipe.clip, recipe.augment)
+    if dataset.info.boxes is not None and dataset.info.boxes.most_classes > 1:
+        raise DatasetError(
+            f"{dataset.where}: the boxes of a keyframe have up to {dataset.info.boxes.most_classes} classes, and there is no model for "
+            "boxes yet. Training and evaluation take datasets in which the boxes of a keyframe have one class."
+        )
     return dataset
 
 
 def open_checked(recipe: Recipe, place: Location, split_column: str, split: str) -> Dataset:
-    """One of the recipe's datasets, index checked against its SHA-256, shards of their sizes, `split` not empty. Raises DatasetError."""
+    """One of the recipe's datasets, index and boxes checked against their SHA-256, shards of their sizes, `split` not empty.
+
+    Raises DatasetError.
+    """
     dataset = Dataset.open(place, recipe.loader.remote)
-    index = dataset.root / dataset.info.index_file
-    digest = sha256_of(index)
-    if digest != dataset.info.index_sha256:
+    digests = {dataset.root / dataset.info.index_file: dataset.info.index_sha256}
+    if (path := dataset.boxes_path()) is not None and dataset.info.boxes is not None:
+        digests[path] = dataset.info.boxes.sha256
+    for path, expected in digests.items():
+        digest = sha256_of(path)
+        if digest == expected:
+            continue
         advice = f"Run 'posmlp data validate {dataset.where}', then build it again."
         if dataset.origin is not None:  # only this machine's copy
-            dataset.origin.cache.drop(dataset.info.index_file)
+            dataset.origin.cache.drop(path.name)
             advice = "It is removed; run the same command again, which fetches it anew."
-        raise DatasetError(
-            f"{index} was altered: its SHA-256 is {digest[:16]}…, dataset.json says {dataset.info.index_sha256[:16]}…. {advice}"
-        )
+        raise DatasetError(f"{path} was altered: its SHA-256 is {digest[:16]}…, dataset.json says {expected[:16]}…. {advice}")
     sizes = dataset.folder.sizes("shards")
     for shard in dataset.info.shards:
         size = sizes.get(shard.file)

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from jobs.progress import Progress
-from pipeline import overlay
+from pipeline import boxes, overlay
+from pipeline.boxes import video_key
 from pipeline.durable import sha256_of
 from pipeline.errors import DatasetError
 from pipeline.folder import Folder, LocalFolder, folder_at
@@ -53,10 +55,11 @@ def run(root: Location) -> list[Problem]:
     try:
         dataset = Dataset.open(root, overlays=False)
     except DatasetError as error:  # the index cannot be used, so the shards are compared with dataset.json alone
-        dataset = Dataset(Path(root), info, index_schema(list(info.splits)).empty_table())
+        dataset = Dataset(Path(root), info, index_schema(list(info.splits), keyframes=info.boxes is not None).empty_table())
         problems = [_problem(info.index_file, "", "index", "as built", str(error))]
     else:
-        problems = [*_of_index(dataset, folder), *_of_likeness(dataset, folder), *_of_overlays(dataset, folder)]
+        problems = [*_of_index(dataset, folder), *_of_likeness(dataset, folder)]
+        problems += [*_of_boxes(dataset, folder), *_of_overlays(dataset, folder)]
     shards = info.shards
     with (
         Progress("validating", total=sum(shard.size for shard in shards) >> 20, unit="MiB") as progress,
@@ -109,6 +112,31 @@ def _of_likeness(dataset: Dataset, folder: Folder) -> list[Problem]:
             return [_problem(file, "", "file", "present", "no such file")]
         digest = sha256_of(path)
     return [] if digest == expected else [_problem(file, "", "SHA-256", expected, digest)]
+
+
+def _of_boxes(dataset: Dataset, folder: Folder) -> list[Problem]:
+    """The boxes of keyframes, and that each keyframe is a frame of its item."""
+    info = dataset.info
+    if info.boxes is None:
+        return []
+    file = info.boxes_file
+    with _local(folder, file) as path:
+        digest = sha256_of(path) if path.is_file() else "no such file"
+        if digest != info.boxes.sha256:
+            return [_problem(file, "", "SHA-256 (altered, or of another build)", info.boxes.sha256, digest)]
+        try:
+            table = boxes.open_table(path, len(dataset), len(info.classes))
+        except DatasetError as error:
+            return [_problem(file, "", "boxes", "as built", str(error))]
+        wrong = list(islice(boxes.checked(table, len(info.classes)), SHOWN))
+        problems = [_problem(file, dataset.text("key", row), what, expected, got) for row, what, expected, got in wrong]
+        if len(table) != info.boxes.num_boxes:
+            problems.append(_problem(file, "", "number of boxes", str(info.boxes.num_boxes), str(len(table))))
+    begin, end, frame = (dataset.column(name).astype(np.int64) for name in ("begin", "end", "keyframe"))
+    for row in np.flatnonzero((frame < begin) | (frame >= end))[:SHOWN].tolist():
+        expected = f"from {begin[row]}, below {end[row]}"
+        problems.append(_problem(info.index_file, dataset.text("key", row), "keyframe", expected, str(frame[row])))
+    return problems
 
 
 def _of_overlays(dataset: Dataset, folder: Folder) -> list[Problem]:
@@ -167,12 +195,18 @@ def _members(shard: ShardInfo, items: list[Item], path: Path) -> Iterator[Proble
                 members[member.name] = member
     except (tarfile.TarError, EOFError, ValueError) as error:
         yield _problem(shard.file, "", "tar headers", "readable", f"{error}, after {len(members)} members")
+    keys = [item.key if item.keyframe is None else video_key(item.key) for item in items]
     with path.open("rb") as file:
-        for item in items:
+        looked_at: set[tuple[str, int, int, int, int]] = set()
+        for item, key in zip(items, keys, strict=True):
+            stored = (key, item.offset, item.size, item.crc32, item.end)
+            if stored in looked_at:  # keyframes of one video share its members
+                continue
+            looked_at.add(stored)
             for suffix in SUFFIXES:
-                if f"{item.key}.{suffix}" not in members:
+                if f"{key}.{suffix}" not in members:
                     yield _problem(shard.file, item.key, f"member .{suffix}", "present", "missing")
-            video = members.get(f"{item.key}.mp4")
+            video = members.get(f"{key}.mp4")
             if video is not None and (video.offset_data, video.size) != (item.offset, item.size):
                 expected = f"bytes {item.offset} to {item.offset + item.size}"
                 got = f"bytes {video.offset_data} to {video.offset_data + video.size}"
@@ -180,19 +214,18 @@ def _members(shard: ShardInfo, items: list[Item], path: Path) -> Iterator[Proble
             found = _crc32(file, item.offset, item.size)
             if found != item.crc32:
                 yield _problem(shard.file, item.key, "CRC-32 of the video", f"{item.crc32:08x}", f"{found:08x}")
-            yield from _facts(shard, item, members, file)
-    known = {f"{item.key}.{suffix}" for item in items for suffix in SUFFIXES}
+            yield from _facts(shard, item, key, members, file)
+    known = {f"{key}.{suffix}" for key in keys for suffix in SUFFIXES}
     for name in sorted(members.keys() - known):
         yield _problem(shard.file, name, "member", "a row of the index", "none")
 
 
-def _facts(shard: ShardInfo, item: Item, members: Mapping[str, tarfile.TarInfo], file: BinaryIO) -> Iterator[Problem]:
-    """Compares what the `.cls` and `.json` members say with the index."""
-    expected = {
-        "label": item.label, "num_frames": item.num_frames, "fps": item.fps, "width": item.width, "height": item.height, "codec": item.codec
-    }  # fmt: skip
-    for suffix in ("cls", "json"):
-        member = members.get(f"{item.key}.{suffix}")
+def _facts(shard: ShardInfo, item: Item, key: str, members: Mapping[str, tarfile.TarInfo], file: BinaryIO) -> Iterator[Problem]:
+    """Compares what the `.cls` and `.json` members say with the index. key: of the members; their label is a video's, no keyframe's."""
+    expected = {"num_frames": item.num_frames, "fps": item.fps, "width": item.width, "height": item.height, "codec": item.codec}
+    label = {"label": item.label} if item.keyframe is None else {}
+    for suffix, values in (("cls", label), ("json", label | expected)):
+        member = members.get(f"{key}.{suffix}")
         if member is None:
             continue
         file.seek(member.offset_data)
@@ -204,9 +237,9 @@ def _facts(shard: ShardInfo, item: Item, members: Mapping[str, tarfile.TarInfo],
         if not isinstance(facts, dict):
             yield _problem(shard.file, item.key, f"member .{suffix}", "a number" if suffix == "cls" else "a JSON object", text[:40])
             continue
-        for name in expected if suffix == "json" else ("label",):
-            if facts.get(name) != expected[name]:
-                yield _problem(shard.file, item.key, f"{name} in .{suffix}", str(expected[name]), str(facts.get(name)))
+        for name, value in values.items():
+            if facts.get(name) != value:
+                yield _problem(shard.file, item.key, f"{name} in .{suffix}", str(value), str(facts.get(name)))
 
 
 def _crc32(file: BinaryIO, offset: int, size: int) -> int:

@@ -46,7 +46,7 @@ class Filter:
 class Row:
     """What is shown of an item. splits: of every split column that it is in. damage: what is wrong with its bytes, "" when nothing is.
 
-    changed: what overlays say of it, "" when nothing.
+    changed: what overlays say of it, "" when nothing. boxes: of a keyframe, corners in per cent of the frame and classes.
     """
 
     row: int
@@ -67,6 +67,13 @@ class Row:
     codec: str
     damage: str
     changed: str
+    keyframe: int | None = None
+    boxes: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> int:
+        """The frame from which it plays."""
+        return self.begin if self.keyframe is None else self.keyframe
 
     @property
     def seconds(self) -> float:
@@ -101,7 +108,7 @@ class Items:
         self.dataset = Dataset.open(root)
         self.info = self.dataset.info
         self._table = self.dataset.table
-        self._reader = open_reader(self.dataset)
+        self._reader, self._boxes = open_reader(self.dataset), self.dataset.boxes()
         self._found: Cache[npt.NDArray[np.uint32]] = Cache(CACHED_FILTERS, lambda _: 1)
         self._videos: Cache[bytes] = Cache(CACHED_BYTES, len)
         self.quarantined = quarantine_list.read(self.dataset)
@@ -150,7 +157,15 @@ class Items:
             damage = ""
         except SampleError as error:
             damage = str(error)
-        return Row(row=number, splits=splits, damage=damage, changed=changed, **cells)
+        return Row(row=number, splits=splits, damage=damage, changed=changed, boxes=self._boxes_of(number), **cells)
+
+    def _boxes_of(self, number: int) -> tuple[str, ...]:
+        if self._boxes is None:
+            return ()
+        found = self._boxes.of(number)
+        places = [", ".join(f"{100 * edge:.1f}" for edge in corners) for corners in found.corners.tolist()]
+        classes = [", ".join(self.info.classes[label] for label in np.flatnonzero(marks).tolist()) for marks in found.labels]
+        return tuple(f"{place} %: {names}" for place, names in zip(places, classes, strict=True))
 
     def _changed(self, number: int, label: int, built: int) -> str:
         """Of the newest file that says so."""

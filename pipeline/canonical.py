@@ -1,12 +1,14 @@
 """The arithmetic of the canonical form: which size, which way up, which frame when. Pure, so that it can be tested without a video."""
 
+import json
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import chain, pairwise
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Generic, Self, TypeVar
 
 from pipeline.quarantine import Reason, RejectedError
 
@@ -53,6 +55,28 @@ class Timed(Generic[Frame]):
     frame: Frame
     time: Fraction
     duration: Fraction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Which frames of a source a canonical video shows, by their times in seconds from the source's start.
+
+    decoded: of all frames decoded within the wanted window. shown: of the one that each canonical frame shows; the same unless resampled.
+    end_s: where the last decoded one ends. width, height: of the decoded picture in pixels, turned upright.
+    """
+
+    decoded: list[float]
+    shown: list[float]
+    end_s: float
+    width: int
+    height: int
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="ascii")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        return cls(**json.loads(path.read_text(encoding="ascii")))
 
 
 def within(frames: Iterable[Timed[Frame]], start_s: float | None, end_s: float | None) -> Iterator[Timed[Frame]]:

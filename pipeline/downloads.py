@@ -31,6 +31,11 @@ class Downloads:
                 return found if isinstance(found, str) else _one_of(where, found, label), stem == video
         return None, False
 
+    def named(self, where: str, video: str) -> str | None:
+        """The file that is called as a video is, None for none. Raises ManifestError where there are several; where: for it."""
+        found = self._by_stem.get(video)
+        return found if found is None or isinstance(found, str) else _one_of(where, found, "")
+
 
 def clip_names(video: str, start: float, end: float) -> list[str]:
     """What the file of a clip may be called, without extension, the most telling name first."""

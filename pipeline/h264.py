@@ -1,6 +1,8 @@
 """What H.264 packets say before they are decoded (ITU-T H.264, 7.3.1 and 7.4.1)."""
 
-SLICE, SEI, DELIMITER, FILLER = 1, 6, 9, 12  # nal_unit_type
+from collections.abc import Iterator
+
+SLICE, INSTANT, SEI, DELIMITER, FILLER = 1, 5, 6, 9, 12  # nal_unit_type
 ANNEX_B = (b"\0\0\1", b"\0\0\0\1")  # start codes instead of lengths
 
 
@@ -17,13 +19,24 @@ def is_droppable(packet: memoryview, length_size: int) -> bool:
     All other frames decode to the same pixels without it: neither their references, nor frame_num, nor the picture order count of a
     later frame depend on a non-reference picture.
     """
-    place, has_slice = 0, False
-    while place + length_size < len(packet):
-        header = packet[place + length_size]
+    has_slice = False
+    for header in _headers(packet, length_size):
         kind, is_reference = header & 31, header >> 5 & 3
         if kind == SLICE and not is_reference:
             has_slice = True
         elif kind not in (SEI, DELIMITER, FILLER):
             return False
-        place += length_size + int.from_bytes(packet[place : place + length_size], "big")
     return has_slice
+
+
+def is_instant(packet: memoryview, length_size: int) -> bool:
+    """Whether decoding can begin here, and nothing later refers to what came before (an IDR picture)."""
+    return any(header & 31 == INSTANT for header in _headers(packet, length_size))
+
+
+def _headers(packet: memoryview, length_size: int) -> Iterator[int]:
+    """The first byte of each NAL unit."""
+    place = 0
+    while place + length_size < len(packet):
+        yield packet[place + length_size]
+        place += length_size + int.from_bytes(packet[place : place + length_size], "big")

@@ -2,7 +2,7 @@
 
 A dataset that was appended to has another index, `index-000001.arrow`, so that replacing dataset.json is all that makes it the newer one.
 
-An item is what a training position points at: a video, a time window of one, later a keyframe. Rows name the shard, the
+An item is what a training position points at: a video, a time window of one, a keyframe. Rows name the shard, the
 byte range of the video member and its CRC-32, so that a reader needs no tar library and no shard header. Columns are plain
 (no dictionaries, no nesting), the file uncompressed: all ranks of a node share one copy in the page cache.
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import duplicates, overlay
+from pipeline.boxes import BoxTable, open_table
 from pipeline.cache import CacheFolder
 from pipeline.durable import commit, committed, sha256_of, sync
 from pipeline.errors import DatasetError
@@ -51,6 +52,21 @@ COLUMNS = (
     pa.field("codec", pa.string(), nullable=False),  # "h264", "vp9", "mjpeg": FFmpeg's names
 )
 
+KEYFRAME = pa.field("keyframe", pa.int32(), nullable=False)  # behind COLUMNS where items are keyframes: a frame of [begin, end)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxesInfo:
+    """What dataset.json says of the boxes of keyframes: SHA-256 and size in bytes of their file, and how many boxes it holds.
+
+    most_classes: the most classes that the boxes of one item have.
+    """
+
+    sha256: str
+    size: int
+    num_boxes: int
+    most_classes: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
@@ -68,7 +84,8 @@ class DatasetInfo:
 
     splits: split column -> its names, in the order of the index's codes (-1 there: in none).
     build: the options that shaped the bytes. libraries: versions that did. generation: how often it was appended to.
-    likeness_sha256: of the digests by which duplicates are found, "" where it was built without them.
+    likeness_sha256: of the digests by which duplicates are found, "" where it was built without them. boxes: where items are keyframes,
+    of which several share a video; otherwise None.
     """
 
     version: int = FORMAT_VERSION
@@ -85,6 +102,7 @@ class DatasetInfo:
     build: dict[str, object] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
     likeness_sha256: str = ""
+    boxes: BoxesInfo | None = None
 
     @property
     def is_layered(self) -> bool:
@@ -100,6 +118,10 @@ class DatasetInfo:
         return _generation_name("likeness.arrow", self.generation)
 
     @property
+    def boxes_file(self) -> str:
+        return _generation_name("boxes.arrow", self.generation)
+
+    @property
     def quarantine_file(self) -> str:
         return _generation_name("quarantine.parquet", self.generation)
 
@@ -112,6 +134,8 @@ class DatasetInfo:
             "index": self.index_sha256,
             "shards": [shard.sha256 for shard in self.shards],
         }
+        if self.boxes is not None:
+            content["boxes"] = self.boxes.sha256
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return replace(self, fingerprint=digest[:32])
 
@@ -121,7 +145,10 @@ class DatasetInfo:
         return counted.with_fingerprint()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        values = asdict(self)
+        if self.boxes is None:  # so that datasets without boxes are what they were before there were any
+            del values["boxes"]
+        return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Self:
@@ -135,14 +162,18 @@ class DatasetInfo:
             raise DatasetError(f"{where}: format version {got}, expected {FORMAT_VERSION}. Rebuild, or install the version that wrote it.")
         try:
             shards = [ShardInfo(**shard) for shard in raw.pop("shards")]
-            return cls(shards=shards, **raw)
+            boxes = raw.pop("boxes", None)
+            return cls(shards=shards, boxes=None if boxes is None else BoxesInfo(**boxes), **raw)
         except (TypeError, KeyError) as error:
             raise DatasetError(f"{where} lacks or misnames a field ({error}). Rebuild the dataset with the same command.") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One row. `shard_file` is relative to the dataset folder; frames are [begin, end) of the stored member."""
+    """One row. `shard_file` is relative to the dataset folder; frames are [begin, end) of the stored member.
+
+    keyframe: the frame of these that the item is about; None where it is about all.
+    """
 
     row: int
     key: str
@@ -157,6 +188,7 @@ class Item:
     width: int
     height: int
     codec: str
+    keyframe: int | None = None
 
     @property
     def num_frames(self) -> int:
@@ -289,6 +321,22 @@ class Dataset:
             raise DatasetError(f"{path} has {table.num_rows} rows, expected {len(self)}. Run 'posmlp data validate {self.where}'.")
         return table
 
+    def boxes(self) -> BoxTable | None:
+        """The boxes of all items, mapped; None where items are no keyframes. Raises DatasetError when they do not fit dataset.json."""
+        path = self.boxes_path()
+        return None if path is None else open_table(path, len(self), len(self.info.classes))
+
+    def boxes_path(self) -> Path | None:
+        """Their file on this machine, of the size that dataset.json says. Raises DatasetError, StorageError."""
+        if self.info.boxes is None:
+            return None
+        path, expected = self.root / self.info.boxes_file, self.info.boxes
+        if self.origin is not None:
+            path = self.origin.kept(path.name, self.origin.folder.size(path.name), expected.sha256)
+        if not path.is_file() or path.stat().st_size != expected.size:
+            raise DatasetError(f"{path} is missing or not {expected.size} bytes long. Run 'posmlp data validate {self.where}'.")
+        return path
+
     @property
     def num_kept(self) -> int:
         """How many items no overlay leaves out."""
@@ -298,6 +346,16 @@ class Dataset:
         """Which items no overlay leaves out, (num_items,)."""
         mask = np.ones(len(self), dtype=np.bool_)
         mask[self.overlay.excluded] = False
+        return mask
+
+    def videos(self) -> npt.NDArray[np.bool_]:
+        """Which kept items stand for the stored videos, (num_items,): all or, of keyframes of one video, the first."""
+        mask = self.kept()
+        if self.info.boxes is not None:
+            rows = np.flatnonzero(mask)
+            places = np.stack([self.column(name)[rows].astype(np.int64) for name in ("shard", "offset")], axis=1)
+            mask[:] = False
+            mask[rows[np.unique(places, axis=0, return_index=True)[1]]] = True
         return mask
 
     def __len__(self) -> int:
@@ -321,7 +379,7 @@ class Dataset:
         return str(self._table.column(name)[row].as_py())
 
     def item(self, row: int) -> Item:
-        values = {name: self._table.column(name)[row].as_py() for name in Item.__dataclass_fields__ if name not in ("row", "shard_file")}
+        values = {name: self._table.column(name)[row].as_py() for name in self._table.column_names if name in Item.__dataclass_fields__}
         values["label"] = self.overlay.label(row, values["label"])
         shard = self.info.shards[self._table.column("shard")[row].as_py()]
         return Item(row=row, shard_file=shard.file, **values)
@@ -364,7 +422,7 @@ def _mapped(path: Path, info: DatasetInfo, where: Location) -> pa.Table:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is damaged ({error}). Run 'posmlp data validate {where}'.") from None
-    expected = [column.name for column in index_schema(list(info.splits))]
+    expected = [column.name for column in index_schema(list(info.splits), keyframes=info.boxes is not None)]
     if table.column_names != expected or table.num_rows != info.num_items:
         raise DatasetError(f"{path}: {table.num_rows} rows of {table.column_names}, expected {info.num_items} of {expected}.")
     return table
@@ -398,9 +456,10 @@ def _read_manifest(folder: RemoteFolder) -> tuple[bytes, DatasetInfo]:
         raise DatasetError(f"{folder} holds no finished dataset (there is no dataset.json in it).") from None
 
 
-def index_schema(split_columns: list[str]) -> pa.Schema:
-    """The columns of `index.arrow`, in order; one more int8 column per split column."""
-    return pa.schema([*COLUMNS, *(pa.field(SPLIT_PREFIX + name, pa.int8(), nullable=False) for name in split_columns)])
+def index_schema(split_columns: list[str], *, keyframes: bool = False) -> pa.Schema:
+    """The columns of `index.arrow`, in order; one more int8 column per split column. keyframes: whether items are keyframes."""
+    columns = [*COLUMNS, KEYFRAME] if keyframes else COLUMNS
+    return pa.schema([*columns, *(pa.field(SPLIT_PREFIX + name, pa.int8(), nullable=False) for name in split_columns)])
 
 
 def write_index(path: Path, tables: Iterable[pa.Table]) -> tuple[str, int]:

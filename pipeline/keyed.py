@@ -146,10 +146,25 @@ def eval_views(num_clips: int, num_crops: int, flip: bool) -> list[View]:
 
 
 def view_parameters(
-    view: View, *, num_frames: int, fps: float, width: int, height: int, clip: ClipOptions, augment: AugmentOptions, begin: int = 0
+    view: View,
+    *,
+    num_frames: int,
+    fps: float,
+    width: int,
+    height: int,
+    clip: ClipOptions,
+    augment: AugmentOptions,
+    begin: int = 0,
+    keyframe: int | None = None,
 ) -> ClipParameters:
-    """One view of an item with `num_frames` frames of `width` x `height` pixels, from frame `begin` of its video; nothing is random."""
-    frames = clip_frames(num_frames, fps, clip, key=None, view=view, begin=begin)
+    """One view of an item with `num_frames` frames of `width` x `height` pixels, from frame `begin` of its video; nothing is random.
+
+    keyframe: of the item, around which all its clips are.
+    """
+    if keyframe is None:
+        frames = clip_frames(num_frames, fps, clip, key=None, view=view, begin=begin)
+    else:
+        frames = keyframe_frames(keyframe, num_frames, fps, clip)
     return ClipParameters(frames=frames, roi=view_crop(height, width, augment, view), flip=view.flip)
 
 
@@ -166,12 +181,16 @@ def clip_parameters(
     training: bool,
     view: int = 0,
     begin: int = 0,
+    keyframe: int | None = None,
 ) -> ClipParameters:
     """The clip of an item with `num_frames` frames of `width` x `height` pixels at `position`; without `training` nothing is random.
 
-    begin: the item's first frame in its video.
+    begin: the item's first frame in its video. keyframe: of the item, around which the clip is.
     """
-    frames = clip_frames(num_frames, fps, clip, key=(seed, position) if training else None, begin=begin)
+    if keyframe is None:
+        frames = clip_frames(num_frames, fps, clip, key=(seed, position) if training else None, begin=begin)
+    else:
+        frames = keyframe_frames(keyframe, num_frames, fps, clip)
     if training:
         roi, flip = crop_parameters(height, width, augment, seed=seed, position=position, view=view)
     else:
@@ -200,14 +219,28 @@ def clip_frames(
         return np.array([(2 * i * (num_frames - 1) + gaps) // (2 * gaps) for i in range(length)], dtype=np.int32)
     if clip.sampling == "segment":
         return _segment_frames(num_frames, length, key, view)
-    stride = clip.stride if clip.stride_s is None else clip.stride_s * fps
-    offsets = np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
+    offsets = _offsets(fps, clip)
     starts = range(max(num_frames - int(offsets[-1]), 1))  # from which the whole clip fits
     if clip.starts == "base":
         starts = starts[-begin % BASE_STEP :: BASE_STEP] or starts
     chosen = _clip_start(len(starts), view) if key is None else to_int(words(*key, Purpose.FRAMES, count=1)[0], len(starts))
     start = starts[chosen]
     return np.asarray(np.minimum(start + offsets, num_frames - 1), dtype=np.int32)
+
+
+def keyframe_frames(keyframe: int, num_frames: int, fps: float, clip: ClipOptions) -> npt.NDArray[np.int32]:
+    """Frame numbers of the dense clip around a keyframe, which is its frame T div 2; int32 (T,), ascending, each in [0, num_frames).
+
+    Nothing is random. Where the item begins or ends within the clip, its first or last frame repeats.
+    """
+    offsets = _offsets(fps, clip)
+    return np.asarray(np.clip(keyframe + offsets - offsets[len(offsets) // 2], 0, num_frames - 1), dtype=np.int32)
+
+
+def _offsets(fps: float, clip: ClipOptions) -> npt.NDArray[np.int64]:
+    """Where the frames of a dense clip lie from its first, (T,)."""
+    stride = clip.stride if clip.stride_s is None else clip.stride_s * fps
+    return np.asarray(np.floor(np.arange(clip.num_frames) * stride + 0.5), dtype=np.int64)
 
 
 def _clip_start(free: int, view: View) -> int:

@@ -4,7 +4,10 @@ csv, tsv, jsonl, parquet   columns path, label; optionally group, start_s, end_s
 kinetics, kinetics_whole   the official CSV: label, youtube_id, time_start, time_end, split
 something                  Something-Something: V2's JSON of {id, template}, V1's lines `id;label`
 list                       no header: `path label` (PySlowFast, MMAction2) or `frame-folder num_frames label` (MMAction2)
-classes                    not of videos: a JSON object of class names and their numbers, such as Something-Something's labels.json
+ava, ava_cut               AVA's CSV without a header: video, second, x1, y1, x2, y2 (fractions), action's number, person's number
+boxes                      columns path (or video), frame, x1, y1, x2, y2 in pixels or x1_frac, ... in fractions, label; optionally person
+classes                    not of videos: class names and their numbers. A JSON object, such as Something-Something's labels.json; AVA's
+                           label map (.pbtxt); CSV with id,name
 
 CSV and lists are streamed; of JSON only what is used is kept while it is parsed. Nothing of a file is ever executed.
 """
@@ -35,7 +38,12 @@ FORMATS = {  # name -> for people
     "kinetics_whole": "official Kinetics list over whole videos, cut at time_start,time_end",
     "something": "Something-Something list",
     "list": "list of `path label` lines",
+    "ava": "AVA list of boxes, seconds of the whole videos",
+    "ava_cut": "AVA list of boxes, over videos that were cut at second 900",
+    "boxes": "CSV of boxes by frame",
 }
+BOX_FORMATS = frozenset({"ava", "ava_cut", "boxes"})  # a row is one box of a keyframe and one of its labels
+AVA_COLUMNS = ["path", "time", "x1", "y1", "x2", "y2", "label", "person"]
 FOLDER_FORMATS = {  # without label files
     "folders": "class folders",
     "frames": "class folders of videos as folders of numbered pictures",
@@ -46,6 +54,8 @@ HEAD_BYTES = 1 << 20  # in which the format is looked for
 MAX_JSON_BYTES = 1 << 30  # a JSON list is parsed whole; the largest known ones have 60 MB
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 KNOWN_COLUMNS = frozenset({"path", "label", "group", "start_s", "end_s"})
+BOX_CORNERS = (("x1", "y1", "x2", "y2"), ("x1_frac", "y1_frac", "x2_frac", "y2_frac"))  # in pixels; in fractions of the frame
+_AVA = re.compile(r"[^,/\s]+,\d+(\.\d*)?(,[-+.\deE]+){4},\d+(,\d+)?")
 _ONE, _TWO = re.compile(r"(.+?)[ ,\t]+(\d+)$"), re.compile(r"(.+?)[ ,\t]+(\d+)[ ,\t]+(\d+)$")
 
 Record = tuple[int, Sequence[str]]
@@ -76,7 +86,11 @@ def open_table(path: Path, stated: str = "auto") -> Table:
         return Table(format=kind, columns=["path", "label"], unit=_something_unit(path), records=_explained(path, _read_something(path)))
     if kind == "list":
         return Table(format=kind, columns=["path", "num_frames", "label"], unit="line", records=_explained(path, _read_list(path)))
-    return _checked(path, kind, "line", *(_read_jsonl(path) if kind == "jsonl" else _read_csv(path, "\t" if kind == "tsv" else ",")))
+    if kind in ("ava", "ava_cut"):
+        return Table(format=kind, columns=AVA_COLUMNS, unit="line", records=_explained(path, _read_ava(path)))
+    if kind == "boxes":
+        return _checked_boxes(path, *read_csv(path, ","))
+    return _checked(path, kind, "line", *(_read_jsonl(path) if kind == "jsonl" else read_csv(path, "\t" if kind == "tsv" else ",")))
 
 
 def detect(path: Path) -> str:
@@ -91,8 +105,17 @@ def detect(path: Path) -> str:
         return "something"
     if first.startswith("{"):
         return "jsonl" if _is_row(first) else "classes"
-    if "youtube_id" in _names(first, ","):
+    if path.suffix.lower() == ".pbtxt" or re.match(r"(item|label)\s*\{", first):
+        return "classes"
+    names = set(_names(first, ","))
+    if "youtube_id" in names:
         return "kinetics"
+    if names in ({"id", "name"}, {"label_id", "name"}):
+        return "classes"
+    if {"frame", "label"} <= names and any(set(corners) <= names for corners in BOX_CORNERS):
+        return "boxes"
+    if _AVA.fullmatch(first):
+        return "ava"
     for kind, delimiter in (("csv", ","), ("tsv", "\t")):
         if {"path", "label"} <= set(_names(first, delimiter)):
             return kind
@@ -101,18 +124,6 @@ def detect(path: Path) -> str:
     if _ONE.fullmatch(first):
         return "list"
     return "tsv" if "\t" in first and path.suffix.lower() == ".tsv" else "csv"
-
-
-def read_classes(path: Path) -> list[str]:
-    """Class names in the order of the numbers that a file of classes gives them. Raises ManifestError unless these are 0, 1, 2, ..."""
-    numbers = _parsed(path, None)
-    if not isinstance(numbers, dict) or not all(re.fullmatch(r"\d+", str(number)) for number in numbers.values()):
-        raise ManifestError(f"{path} is a JSON object, but not one of class names and their numbers, as {{\"a\": 0, \"b\": 1}}. "
-                            "JSON lines have one object with path and label on each line.")  # fmt: skip
-    names = {int(str(number)): name.strip('"') for name, number in numbers.items()}  # PySlowFast's names carry quotes of their own
-    if sorted(names) != list(range(len(numbers))):
-        raise ManifestError(f"{path}: the numbers of its {len(numbers)} classes must be 0 to {len(numbers) - 1}, each once.")
-    return [names[number] for number in range(len(names))]
 
 
 def _names(line: str, delimiter: str) -> list[str]:
@@ -144,18 +155,49 @@ def _checked(path: Path, kind: str, unit: str, columns: list[str], records: Iter
     return Table(format=kind, columns=kept, unit=unit, records=_explained(path, cut))
 
 
+def _checked_boxes(path: Path, columns: list[str], records: Iterator[Record]) -> Table:
+    """The table cut down to the columns that are used, `video` as `path`. Raises ManifestError when one is lacking."""
+    columns = ["path" if name == "video" and "path" not in columns else name for name in columns]
+    both = [corners for corners in BOX_CORNERS if set(corners) <= set(columns)]
+    lacking = sorted({"path", "frame", "label"} - set(columns))
+    if len(both) != 1 or lacking:
+        what = f"lacks the column {' and '.join(lacking)}" if lacking else "must have the corners of its boxes once, in pixels or fractions"
+        raise ManifestError(
+            f"{path} {what}; it has {', '.join(columns) or 'none'}. A list of boxes has path (or video), frame, label, and x1,y1,x2,y2 in "
+            "pixels or x1_frac,y1_frac,x2_frac,y2_frac in fractions of the frame; optionally person, group and columns of splits."
+        )
+    wanted = {"path", "frame", "label", "person", "group", *both[0]}
+    kept = [name for name in columns if name in wanted or name.startswith("split")]
+    places = [columns.index(name) for name in kept]
+    cut = ((number, [record[place] for place in places]) for number, record in records)
+    return Table(format="boxes", columns=kept, unit="line", records=_explained(path, cut))
+
+
+def _read_ava(path: Path) -> Iterator[Record]:
+    """AVA_COLUMNS; person is "" where there is none."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, record in enumerate(csv.reader(file), 1):
+            if not record:
+                continue
+            if len(record) not in (7, 8):
+                raise ManifestError(
+                    f"{path}, line {number} has {len(record)} fields, expected video,second,x1,y1,x2,y2,action and optionally person."
+                )
+            yield number, [*record, ""][:8]
+
+
 def _explained(path: Path, records: Iterator[Record]) -> Iterator[Record]:
     try:
         yield from records
     except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> ManifestError:
+def unreadable(path: Path, error: Exception) -> ManifestError:
     return ManifestError(f"{path} cannot be read: {error}. Expected CSV in UTF-8 with a header line, TSV, JSON or a list, or Parquet.")
 
 
-def _read_csv(path: Path, delimiter: str) -> tuple[list[str], Iterator[Record]]:
+def read_csv(path: Path, delimiter: str) -> tuple[list[str], Iterator[Record]]:
     def rows() -> Iterator[Record]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter)
@@ -201,7 +243,7 @@ def _read_jsonl(path: Path) -> tuple[list[str], Iterator[Record]]:
     try:
         first = next(lines, None)
     except UnicodeDecodeError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     columns = [name for name in (first[1] if first else {}) if name in KNOWN_COLUMNS or name.startswith("split")]
     return columns, iter(()) if first is None else rows(first, lines)
 
@@ -210,7 +252,7 @@ def _read_parquet(path: Path) -> tuple[list[str], Iterator[Record]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pa.ArrowInvalid as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     names = list(table.column_names)
     used = [name in KNOWN_COLUMNS or name.startswith("split") for name in names]
 
@@ -236,7 +278,7 @@ def _read_something(path: Path) -> Iterator[Record]:
         yield from _read_semicolons(path)
         return
     # Each object shrinks to two strings while the rest is still being parsed.
-    entries = _parsed(path, lambda entry: (str(entry.get("id", "")), str(entry.get("template", ""))))
+    entries = parsed_json(path, lambda entry: (str(entry.get("id", "")), str(entry.get("template", ""))))
     assert isinstance(entries, list)
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, tuple) or not all(entry):
@@ -259,7 +301,7 @@ def _read_semicolons(path: Path) -> Iterator[Record]:
             yield number, [name, re.sub(r"[\[\]]", "", label)]
 
 
-def _parsed(path: Path, shrink: object) -> object:
+def parsed_json(path: Path, shrink: object) -> object:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ManifestError(f"{path} has {size} bytes, a JSON list may have {MAX_JSON_BYTES}. Give JSON lines, CSV or Parquet instead.")
@@ -268,7 +310,7 @@ def _parsed(path: Path, shrink: object) -> object:
     except json.JSONDecodeError as error:
         raise ManifestError(f"{path}, line {error.lineno} is not valid JSON: {error.msg} (column {error.colno}).") from None
     except (UnicodeDecodeError, RecursionError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _read_list(path: Path) -> Iterator[Record]:

@@ -3,22 +3,30 @@
 Several label files are one list; each that has no split column of its own is a split, named by the user or by the file's name.
 """
 
+import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.box_labels import BoxLabels, VideoBoxes, read_excluded
+from pipeline.boxes import Boxes
+from pipeline.class_file import read_classes
 from pipeline.downloads import Downloads, clip_names
 from pipeline.errors import ManifestError
 from pipeline.frame_folder import IMAGE_SUFFIXES
-from pipeline.label_file import FOLDER_FORMATS, FORMATS, VIDEO_SUFFIXES, Table, detect, open_table, read_classes
+from pipeline.label_file import BOX_FORMATS, FOLDER_FORMATS, FORMATS, VIDEO_SUFFIXES, Table, detect, open_table
 from pipeline.tar_source import videos_of
 from pipeline.video_folder import Videos
 
 LabelFiles: TypeAlias = "Path | Sequence[Path] | Mapping[str, Path] | None"  # a mapping: split -> file
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+AROUND_S = 5  # seconds of a long video that are kept before its first keyframe and after its last
 SPLIT_WORDS = {**SPLIT_FOLDERS, "training": "train", "validate": "val", "valid": "val", "testing": "test"}  # in names of label files
 
 
@@ -27,7 +35,8 @@ class Row:
     """One row of a label file, still as text. splits: a name per split column.
 
     file, unit, number: where it stands; without a unit, `file` is the folder in which `path` was found.
-    part: (tar, offset, size in bytes) of a video in a tar.
+    part: (tar, offset, size in bytes) of a video in a tar. boxes: of a list of boxes, whose row is a video with all that the list says of
+    it; their labels are numbers of `Labels.classes`.
     """
 
     file: str
@@ -41,6 +50,7 @@ class Row:
     end_s: str = ""
     num_frames: str = ""
     part: tuple[str, int, int] | None = None
+    boxes: Boxes | None = None
 
     @property
     def where(self) -> str:
@@ -52,8 +62,8 @@ class Row:
 class Labels:
     """What is said of all videos. format: one of FORMATS or FOLDER_FORMATS, or several of FORMATS. split_columns: sorted.
 
-    classes: all that a file of classes names, in its order, None without one. by_id: files named by a YouTube id alone of which nobody
-    has said whether they are clips or whole videos.
+    classes: all that a file of classes names, in its order; without one all of a list of boxes, otherwise None.
+    by_id: files named by a YouTube id alone of which nobody has said whether they are clips or whole videos.
     """
 
     rows: list[Row]
@@ -78,6 +88,8 @@ def read_labels(videos: Videos, labels: LabelFiles, stated: str = "auto") -> Lab
         given = " and ".join(str(path) for path in class_files)
         raise ManifestError(f"{given} numbers classes and names no video. Give one such file at most, and label files beside it.")
     classes = read_classes(class_files[0]) if class_files else None
+    if stated in BOX_FORMATS or (stated == "auto" and any(path.is_file() and detect(path) in BOX_FORMATS for _, path in files)):
+        return _read_boxes(videos, files, stated, classes)
     tables = [(split, path, open_table(path, stated)) for split, path in files]
     columns = _split_columns(tables)
     rows: list[Row] = []
@@ -91,7 +103,57 @@ def read_labels(videos: Videos, labels: LabelFiles, stated: str = "auto") -> Lab
             made = _located(made, downloads, by_id, whole=table.format == "kinetics_whole")
         rows.extend(made if classes is None else _numbered(made, classes))
     kinds = list(dict.fromkeys(table.format for _, _, table in tables))
-    return Labels(rows=rows, split_columns=columns, format=" and ".join(kinds), classes=classes, by_id=by_id if stated == "auto" else ())
+    names = None if classes is None else list(classes.values())
+    return Labels(rows=rows, split_columns=columns, format=" and ".join(kinds), classes=names, by_id=by_id if stated == "auto" else ())
+
+
+def _read_boxes(videos: Videos, files: Sequence[tuple[str, Path]], stated: str, classes: dict[int, str] | None) -> Labels:
+    """Lists of boxes, all of one format; beside AVA's may lie lists of excluded timestamps."""
+    kinds = {path: detect(path) for _, path in files if path.is_file()}
+    ava = stated in ("ava", "ava_cut") or "ava" in kinds.values()
+    excluded = frozenset(each for _, path in files if ava and kinds.get(path) == "list" for each in read_excluded(path))
+    tables = [(split, path, open_table(path, stated)) for split, path in files if not ava or kinds.get(path) != "list"]
+    formats = list(dict.fromkeys(table.format for _, _, table in tables))
+    if len(formats) > 1:
+        raise ManifestError(f"Lists of boxes cannot be mixed with others: got {' and '.join(formats)}. Build a dataset of each.")
+    columns, reader = _split_columns(tables), BoxLabels(excluded)
+    known = None if classes is None else {*classes.values(), *map(str, classes)}
+    found: list[tuple[Path, VideoBoxes]] = []
+    for split, path, table in tables:
+        named = split or (_split_of(path) if len(tables) > 1 and not _own_splits(table) else "")
+        found += [(path, each) for each in reader.read(table, path, columns, named, known)]
+    named_classes = {} if classes is None else classes
+    labels = [_class_name(name, named_classes, set(named_classes.values())) for name in reader.names]
+    names = ordered_classes(set(labels)) if classes is None else list(classes.values())
+    places = {name: place for place, name in enumerate(names)}
+    numbers = np.array([places[label] for label in labels], dtype=np.int32)
+    downloads = Downloads(videos.walk()) if ava else None
+    rows = [_video_row(path, each, numbers, names, downloads, whole=formats[0] == "ava") for path, each in found]
+    return Labels(rows=rows, split_columns=columns, format=formats[0], classes=names)
+
+
+def _class_name(label: str, classes: Mapping[int, str], known: Container[str]) -> str:
+    """The name of a class that is given by its name, one of `known`, or its number."""
+    return label if label in known or not label.isdecimal() else classes.get(int(label), label)
+
+
+def _video_row(
+    path: Path, found: VideoBoxes, numbers: npt.NDArray[np.int32], names: Sequence[str], downloads: Downloads | None, *, whole: bool
+) -> Row:
+    """whole: of the video only what lies around its keyframes is wanted: AVA's films are hours long, its labels a quarter of one."""
+    boxes, where = found.boxes.relabelled(numbers), f"{path}, line {found.line}"
+    video = found.video if downloads is None else downloads.named(where, found.video) or found.video
+    first, last = found.time_range()
+    cut = (f"{max(0.0, math.floor(first) - AROUND_S):g}", f"{math.ceil(last) + AROUND_S:g}") if whole else ("", "")
+    label = names[int(np.bincount(boxes.rows["label"]).argmax())]
+    return Row(str(path), "line", found.line, video, label, found.splits, found.group, *cut, boxes=boxes)
+
+
+def ordered_classes(labels: set[str]) -> list[str]:
+    """Class names in the order of their indices: integers by value, text alphabetically."""
+    if all(re.fullmatch(r"\d+", label) for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
 
 
 def described(labels: Labels) -> str:
@@ -186,13 +248,11 @@ def _located(rows: Iterator[Row], downloads: Downloads, by_id: list[str], *, who
         yield Row(row.file, row.unit, row.number, path, row.label, row.splits, row.group, *cut)
 
 
-def _numbered(rows: Iterator[Row], classes: Sequence[str]) -> Iterator[Row]:
+def _numbered(rows: Iterator[Row], classes: Mapping[int, str]) -> Iterator[Row]:
     """Rows whose label is a class's name, from rows that have its name or its number."""
-    known = set(classes)
+    known = set(classes.values())
     for row in rows:
-        label = row.label
-        if label not in known and label.isdigit() and int(label) < len(classes):
-            label = classes[int(label)]
+        label = _class_name(row.label, classes, known)
         if label not in known:
             raise ManifestError(f"{row.where}: label '{row.label}' is not one of the {len(classes)} classes of the file that numbers them.")
         yield Row(row.file, row.unit, row.number, row.path, label, row.splits, row.group, row.start_s, row.end_s, row.num_frames)

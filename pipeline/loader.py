@@ -23,6 +23,7 @@ from pipeline import keyed, software_decode
 from pipeline.augment_clip import augment_levels, erase, works_on_levels
 from pipeline.augment_mix import mix_clips, mixed_targets
 from pipeline.augmentation import swapped_labels
+from pipeline.clip_boxes import ClipBoxes, clip_boxes
 from pipeline.dali import CPU_CODECS, Graph, GraphError
 from pipeline.errors import BudgetError, DecodeError, PipelineError, SampleError
 from pipeline.index import Dataset, Item
@@ -59,7 +60,8 @@ class Batch:
     clips: float32 (B, 3, T, size, size), normalised, contiguous; zero where the slot is not valid or, in evaluation, damaged.
     labels: int64 (B,), of what is in `clips` and how it is turned (`augment.flip_labels`). targets: float32 (B, K), shares of classes,
     where the micro-batch is mixed; else None. keys: of what is in `clips`, substitutes included. positions: int64 (B,), parameters: B (of
-    the substitutes where there are any), valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch.
+    the substitutes where there are any), valid: bool (B,), step, micro: as in `MicroBatchRequest`. damaged: of this batch. boxes: where
+    items are keyframes, of what is in `clips`, as it shows them.
     """
 
     clips: torch.Tensor
@@ -72,6 +74,7 @@ class Batch:
     parameters: list[ClipParameters]
     damaged: list[Damage]
     targets: torch.Tensor | None = None
+    boxes: ClipBoxes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,6 +143,7 @@ class Loader:
         self._substitute, self._device = on_damage == "substitute", torch.device(device)
         self._encoded = (decoder or choose_decoder(options.decode, device)) == "dali"
         self._planner, self._swapped = Planner(dataset, clip, augment), swapped_labels(dataset.info.classes, augment.flip_labels)
+        self._boxes = None if dataset.info.boxes is None else dataset.parts[0].boxes()
         self._readers, self._buffers = [open_reader(part) for part in dataset.parts], Buffers()
         num_threads = options.threads or threads
         self._device_id = (self._device.index or 0) if self._device.type == "cuda" else None
@@ -320,6 +324,10 @@ class Loader:
         swapped = self._swapped if request.pools is not None else {}  # in evaluation the label is the video's, however it is shown
         turned = [swapped.get(item.label, item.label) if parameters.flip else item.label for item, parameters in slots]
         labels = torch.tensor(turned, dtype=torch.int64).to(self._device)
+        boxes = None
+        if self._boxes is not None:
+            there = (sample.data is not None for sample in samples for _ in sample.parameters)
+            boxes = clip_boxes(self._boxes, ((*slot, is_there) for slot, is_there in zip(slots, there, strict=True)), swapped, self._device)
         mix = request.mix
         if mix is not None:
             mix_clips(clips, mix)
@@ -334,6 +342,7 @@ class Loader:
             micro=request.micro,
             parameters=[parameters for _, parameters in slots],
             damaged=damaged,
+            boxes=boxes,
         )
 
     def _augmented(self, samples: Sequence[_Sample]) -> torch.Tensor:

@@ -11,9 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from pipeline.boxes import Boxes
 from pipeline.errors import ManifestError
 from pipeline.label_file import VIDEO_SUFFIXES
-from pipeline.labels import LabelFiles, Labels, Row, described, names_of, read_labels
+from pipeline.labels import LabelFiles, Labels, Row, described, names_of, ordered_classes, read_labels
 from pipeline.location import Location
 from pipeline.video_folder import Videos, videos_at
 
@@ -28,6 +31,7 @@ class Source:
     size: of the file in bytes. start_s, end_s: the wanted window in seconds, None for the video's own start and end.
     num_frames: of a folder of numbered pictures, as listed or else as found; None for a file.
     tar, offset: of a video in a tar, where it is: relative to the videos folder, in bytes.
+    boxes: of a video whose keyframes are the items; their labels are indices into `Manifest.classes`, and `label` is the most frequent.
     """
 
     key: str
@@ -41,6 +45,7 @@ class Source:
     num_frames: int | None = None
     tar: str = ""
     offset: int = 0
+    boxes: Boxes | None = None
 
     @property
     def file(self) -> str:
@@ -61,6 +66,11 @@ class Manifest:
     missing: list[str]
     drawn: bool
     format: str
+
+    @property
+    def box_classes(self) -> list[str] | None:
+        """What the labels of boxes mean where items are keyframes, None where they are videos."""
+        return self.classes if self.sources and self.sources[0].boxes is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +111,7 @@ def read_manifest(
         where = f"named by {named}" if labels is not None else f"with a suffix such as {', '.join(sorted(VIDEO_SUFFIXES)[:4])}"
         raise ManifestError(f"{videos} holds no video {where}.")
     _refuse_unclear(listed.labels)
-    found = {source.label for source in sources}
-    classes = ordered_classes(found) if listed.labels.classes is None else [name for name in listed.labels.classes if name in found]
+    sources, classes = _classified(sources, listed.labels.classes)
     split_columns, drawn = listed.labels.split_columns, not listed.labels.split_columns
     if drawn:
         sources, split_columns = _with_split(sources, val_fraction, seed, held_groups or {}), ["split"]
@@ -120,7 +129,23 @@ def read_manifest(
 def summary(manifest: Manifest) -> str:
     """One line: as what the labels were read, and what they gave."""
     missing = f", {len(manifest.missing)} that they list are missing" if manifest.missing else ""
-    return f"labels: {manifest.format}: {len(manifest.sources)} items, {len(manifest.classes)} classes{missing}"
+    times = [source.boxes.rows["time"] for source in manifest.sources if source.boxes is not None]
+    keyframes = f"{sum(len(np.unique(each)) for each in times)} keyframes in {len(times)} videos"
+    items = keyframes if times else f"{len(manifest.sources)} items"
+    return f"labels: {manifest.format}: {items}, {len(manifest.classes)} classes{missing}"
+
+
+def _classified(sources: list[Source], named: Sequence[str] | None) -> tuple[list[Source], list[str]]:
+    """(the sources, labels of their boxes as indices into the classes; the classes that they have). named: all classes in their order."""
+    labels = [source.boxes.rows["label"] for source in sources if source.boxes is not None]
+    if named is None or not labels:
+        found = {source.label for source in sources}
+        return sources, ordered_classes(found) if named is None else [name for name in named if name in found]
+    used = np.unique(np.concatenate([np.unique(each) for each in labels]))
+    places = np.full(len(named), -1, dtype=np.int32)
+    places[used] = np.arange(len(used), dtype=np.int32)
+    boxed = [replace(source, boxes=source.boxes.relabelled(places)) for source in sources if source.boxes is not None]
+    return boxed, [named[place] for place in used]
 
 
 def list_videos(videos: Location, labels: LabelFiles, format: str = "auto") -> Listed:
@@ -158,6 +183,8 @@ def _sources(folder: Videos, labels: Labels) -> tuple[list[Source], list[Source]
         if not row.label:
             raise ManifestError(f"{row.where}: {path} has an empty label.")
         first = seen.setdefault((path, start_s, end_s), row)
+        if first is not row and row.boxes is not None:
+            raise ManifestError(f"{row.where}: {path} has boxes at {first.where} too, under another name or in another file.")
         if first is not row:
             _refuse_contradiction(path, first, row, labels.split_columns)
             continue
@@ -173,6 +200,7 @@ def _sources(folder: Videos, labels: Labels) -> tuple[list[Source], list[Source]
             num_frames=int(row.num_frames) if row.num_frames and num_frames is not None else num_frames,
             tar=row.part[0] if row.part else "",
             offset=row.part[1] if row.part else 0,
+            boxes=row.boxes,
         )
         (absent if size is None else present).append(source)
     return present, absent
@@ -213,13 +241,6 @@ def _key(path: str, start_s: float | None, end_s: float | None, taken: set[str])
         unique = f"{key}-{number}"
     taken.add(unique)
     return unique
-
-
-def ordered_classes(labels: set[str]) -> list[str]:
-    """Class names in the order of their indices: integers by value, text alphabetically."""
-    if all(re.fullmatch(r"\d+", label) for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)
 
 
 def _with_split(sources: Sequence[Source], val_fraction: float, seed: int, held_groups: Mapping[str, bool]) -> list[Source]:

@@ -1,4 +1,4 @@
-"""One video: every frame of it verified, transcoded to the canonical form.
+"""One video: every frame of it verified, transcoded to the canonical form, or copied where it is in that form already.
 
 Videos are untrusted input. `verify_and_transcode` is meant to run in the limited child process of `media_worker`, and either returns
 what it wrote or raises RejectedError with a reason, which goes to the quarantine list.
@@ -25,7 +25,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
 
-from pipeline.canonical import Timed, resample, within
+from pipeline.canonical import Timed, Trace, resample, within
+from pipeline.canonical_file import avc_configuration, copy_file, is_canonical
 from pipeline.errors import PipelineError
 from pipeline.likeness import Likeness
 from pipeline.options import EncodeOptions, LimitOptions
@@ -63,34 +64,47 @@ def verify_and_transcode(
     start_s: float | None = None,
     end_s: float | None = None,
     num_frames: int | None = None,
+    trace: Path | None = None,
 ) -> MediaReport:
     """Decodes all of `source` (or the frames in [start_s, end_s) seconds of it) once and writes the canonical form to `destination`.
 
-    source: a video, a picture, or a folder of numbered pictures, of which there must be `num_frames` where that is stated.
+    source: a video, a picture, or a folder of numbered pictures, of which there must be `num_frames` where that is stated. trace: a file
+    that becomes a `Trace`.
 
     Raises RejectedError when the source is damaged or over a limit, OSError when `destination` cannot be written.
     """
     pictured = are_pictures(source)
     with read_pictures(source, limits, encode.frames_fps, num_frames) if pictured else read_video(source, limits) as reading:
         rate = Fraction(reading.facts.fps).limit_denominator(1001)
-        decoded = _Counted(within(reading.frames, start_s, end_s))
+        decoded = _Decoded(within(reading.frames, start_s, end_s))
         frames = iter(decoded)
         if encode.fps != "keep":
             frames = resample(frames, target := Fraction(encode.fps).limit_denominator(1001), limits.max_frames)
             rate = target
+        shown: list[float] = []
+        frames = _timed(frames, shown)
         first = next(frames, None)
         if first is None:
             raise RejectedError(Reason.NO_FRAMES)
         canonical = CanonicalPicture(first.frame, reading.aspect, encode.short_side)
         likeness = Likeness()
         pictures = (_noted(canonical(each.frame), likeness) for each in chain([first], frames))
+        size, whole = (canonical.width, canonical.height), not pictured and start_s is None and end_s is None
         try:
-            written = _encode(destination, pictures, (canonical.width, canonical.height), rate, encode)
+            copied = whole and canonical.changes_nothing and _is_canonical(source, destination, reading.facts, rate, encode, limits)
+            written = sum(1 for _ in pictures) if copied else _encode(destination, pictures, size, rate, encode)
         except av.error.FFmpegError as error:
             raise _refused(error) from None
+    if copied:
+        copy_file(source, destination)
     counted = _count_packets(destination)
+    if counted != written and copied:
+        raise RejectedError(Reason.DAMAGED, f"it holds {counted} frames, {written} decode")
     if counted != written:
         raise RejectedError(Reason.ENCODER_FAILED, f"{written} frames went into the encoder, {counted} came out")
+    if trace is not None:
+        width, height = canonical.source_size
+        Trace(decoded=decoded.times, shown=shown, end_s=decoded.end_s, width=width, height=height).write(trace)
     return MediaReport(
         num_frames=counted,
         fps=float(rate),
@@ -98,11 +112,23 @@ def verify_and_transcode(
         height=canonical.height,
         codec="h264",
         size=destination.stat().st_size,
-        source_frames=decoded.count,
+        source_frames=len(decoded.times),
         source=reading.facts,
         source_digest=digest_of(reading.files, start_s, end_s).hex(),
         content=likeness.digest().hex(),
     )
+
+
+def _is_canonical(source: Path, scratch: Path, facts: SourceFacts, rate: Fraction, encode: EncodeOptions, limits: LimitOptions) -> bool:
+    """Whether a video that keeps its size is in the canonical form already, see `canonical_file`."""
+    if (facts.codec, facts.pixel_format) != ("h264", "yuv420p"):
+        return False
+    context = av.CodecContext.create("libx264", "w")
+    _configure(context, (facts.width, facts.height), rate, encode)
+    context.flags |= int(Flags.global_header)
+    context.open()
+    assert context.extradata is not None
+    return is_canonical(source, scratch, rate, avc_configuration(bytes(context.extradata)), encode, limits)
 
 
 def _noted(picture: VideoFrame, likeness: Likeness) -> VideoFrame:
@@ -153,17 +179,26 @@ def library_versions() -> dict[str, str]:
     return {"av": av.__version__, **{name: ".".join(str(part) for part in av.library_versions[name]) for name in names}}
 
 
-class _Counted:
-    """Passes frames on and counts them."""
+class _Decoded:
+    """Passes frames on and notes when they are shown. times: of each; end_s: of the last one's end, in seconds."""
 
     def __init__(self, frames: Iterable[Timed[VideoFrame]]) -> None:
         self._frames = frames
-        self.count = 0
+        self.times: list[float] = []
+        self.end_s = 0.0
 
     def __iter__(self) -> Iterator[Timed[VideoFrame]]:
         for each in self._frames:
-            self.count += 1
+            self.times.append(float(each.time))
+            self.end_s = float(each.time + each.duration)
             yield each
+
+
+def _timed(frames: Iterable[Timed[VideoFrame]], times: list[float]) -> Iterator[Timed[VideoFrame]]:
+    """The frames, after their times are in `times`."""
+    for each in frames:
+        times.append(float(each.time))
+        yield each
 
 
 def _configure(context: VideoCodecContext, size: tuple[int, int], rate: Fraction, encode: EncodeOptions) -> None:

@@ -43,11 +43,17 @@ class MediaWorker:
         self._child: subprocess.Popen[bytes] | None = None
 
     def transcode(
-        self, source: Path, destination: Path, start_s: float | None = None, end_s: float | None = None, num_frames: int | None = None
+        self,
+        source: Path,
+        destination: Path,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        num_frames: int | None = None,
+        trace: Path | None = None,
     ) -> MediaReport:
         """See `media.verify_and_transcode`, which says what is raised; also PipelineError when the child cannot be kept alive."""
         paths = {"source": str(source.absolute()), "destination": str(destination.absolute())}
-        wanted = {"start_s": start_s, "end_s": end_s, "num_frames": num_frames}
+        wanted = {"start_s": start_s, "end_s": end_s, "num_frames": num_frames, "trace": None if trace is None else str(trace.absolute())}
         request = {**paths, **wanted, "encode": asdict(self._encode), "limits": asdict(self._limits)}
         for _ in range(ATTEMPTS):
             reply = self._ask(json.dumps(request).encode() + b"\n")
@@ -220,8 +226,9 @@ def _work(request: dict[str, object], limits: LimitOptions) -> dict[str, object]
     source, destination = Path(str(request["source"])), Path(str(request["destination"]))
     start_s, end_s = (None if request[name] is None else float(str(request[name])) for name in ("start_s", "end_s"))
     num_frames = None if request["num_frames"] is None else int(str(request["num_frames"]))
+    trace = None if request["trace"] is None else Path(str(request["trace"]))
     try:
-        return {"report": asdict(verify_and_transcode(source, destination, encode, limits, start_s, end_s, num_frames))}
+        return {"report": asdict(verify_and_transcode(source, destination, encode, limits, start_s, end_s, num_frames, trace))}
     except RejectedError as rejected:
         starved = rejected.reason in _LOOKS_STARVED and _peak_bytes() > STARVED * resource.getrlimit(resource.RLIMIT_AS)[0]
         return _reject(Reason.OUT_OF_MEMORY if starved else rejected.reason, rejected.detail)

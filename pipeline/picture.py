@@ -29,7 +29,8 @@ _MATRICES = {  # AVColorSpace of a frame -> swscale's matrix; others are treated
 class CanonicalPicture:
     """Brings decoded frames to the size, orientation and colours that the first of them decides.
 
-    aspect: of a source pixel, width to height. width, height: of the result.
+    aspect: of a source pixel, width to height. width, height: of the result. source_size: (width, height) of the source, turned upright.
+    changes_nothing: whether the picture keeps its size and stays as it lies.
     """
 
     def __init__(self, first: VideoFrame, aspect: Fraction, short_side: int) -> None:
@@ -38,6 +39,9 @@ class CanonicalPicture:
         assert matrix is None or isinstance(matrix, SideData)
         self._transpose, self._flip_rows, self._flip_columns = orientation(b"" if matrix is None else bytes(matrix))
         self.width, self.height = self._size[::-1] if self._transpose else self._size
+        self.source_size = (first.height, first.width) if self._transpose else (first.width, first.height)
+        turned = self._transpose or self._flip_rows or self._flip_columns
+        self.changes_nothing = not turned and aspect == 1 and self._size == (first.width, first.height)
         self._recolour = Recolour()
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:

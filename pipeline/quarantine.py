@@ -31,6 +31,8 @@ class Reason(StrEnum):
     WALL_TIME = "wall_time"
     CRASHED = "crashed"
     ENCODER_FAILED = "encoder_failed"
+    KEYFRAME_OUTSIDE = "keyframe_outside"
+    BOX_OUTSIDE = "box_outside"
 
     @property
     def text(self) -> str:
@@ -60,6 +62,8 @@ _REASON_TEXTS = {
     Reason.WALL_TIME: "decoding and encoding it takes more than limits.wall_s",
     Reason.CRASHED: "the decoding process crashed on it",
     Reason.ENCODER_FAILED: "it decodes, but the encoder refused its frames",
+    Reason.KEYFRAME_OUTSIDE: "a keyframe's time or number lies outside the video, which is used without it",
+    Reason.BOX_OUTSIDE: "a keyframe has a box that lies outside the frame, or has no area in it; the video is used without it",
 }
 
 

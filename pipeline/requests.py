@@ -57,23 +57,52 @@ def check_base_layer(dataset: Dataset, clip: ClipOptions) -> None:
         )
 
 
-class Planner:
-    """Clip parameters of a dataset's rows; holds zero-copy views of five columns, no rows of its own.
+def check_keyframes(dataset: Dataset, clip: ClipOptions, augment: AugmentOptions) -> None:
+    """Raises DatasetError where items are keyframes and a clip would not be around one, or its boxes not where its pixels are."""
+    if dataset.info.boxes is None:
+        return
+    wanted = {
+        "clip.sampling": ("dense", clip.sampling),
+        "clip.starts": ("any", clip.starts),
+        "augment.randaugment": (None, augment.randaugment),  # it turns, shears and shifts pixels
+        "augment.mix": (None, augment.mix),
+    }
+    for key, (expected, got) in wanted.items():
+        if got != expected:
+            value = "null" if expected is None else expected
+            raise DatasetError(f"{dataset.where} has keyframes with boxes, for which {key} must be {value}. Set {key}={value}.")
 
-    Raises DatasetError where the clips need a base layer and the dataset's videos have none.
+
+class Planner:
+    """Clip parameters of a dataset's rows; holds zero-copy views of columns, no rows of its own.
+
+    Raises DatasetError where the clips need a base layer and the dataset's videos have none, or do not go with keyframes.
     """
 
     def __init__(self, dataset: Dataset | Mixture, clip: ClipOptions, augment: AugmentOptions) -> None:
         for part in dataset.parts:
             check_base_layer(part, clip)
+            check_keyframes(part, clip, augment)
+        if len(dataset.parts) > 1 and any(part.info.boxes is not None for part in dataset.parts):
+            raise DatasetError("Datasets of keyframes cannot be mixed with others. Build one dataset of all their label files.")
         self._clip, self._augment = clip, augment
         self._columns = [dataset.column(name) for name in ("begin", "end", "fps", "width", "height")]
+        self._keyframes = None if dataset.info.boxes is None else dataset.column("keyframe")
 
     def evaluation(self, row: int, view: View = MIDDLE) -> ClipParameters:
         """Of one fixed view of `row`."""
         begin, end, fps, width, height = (column[row].item() for column in self._columns)
-        size = {"num_frames": end - begin, "width": width, "height": height, "begin": begin}
-        return view_parameters(view, fps=fps, clip=self._clip, augment=self._augment, **size)
+        return view_parameters(
+            view,
+            num_frames=end - begin,
+            fps=fps,
+            width=width,
+            height=height,
+            clip=self._clip,
+            augment=self._augment,
+            begin=begin,
+            keyframe=self._keyframe(row, begin),
+        )
 
     def training(self, row: int, *, seed: int, position: int, view: int = 0) -> ClipParameters:
         """Of a view of the random clip that `position` of the stream under `seed` takes of `row`."""
@@ -90,9 +119,14 @@ class Planner:
             training=True,
             view=view,
             begin=begin,
+            keyframe=self._keyframe(row, begin),
         )
         augmentation = draw_augmentation(self._augment, self._clip.num_frames, seed=seed, position=position, view=view)
         return parameters if augmentation is None else replace(parameters, augmentation=augmentation)
+
+    def _keyframe(self, row: int, begin: int) -> int | None:
+        """Of the item, from its first frame."""
+        return None if self._keyframes is None else self._keyframes[row].item() - begin
 
 
 def train_requests(

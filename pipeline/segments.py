@@ -4,7 +4,7 @@ or ones that follow each other, which together are the video.
 Every group of pictures is closed and starts at a keyframe, so a cut there changes no pixel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ def cut(source: Path, destination: Path, num_groups: int) -> Iterator[Path]:
     with av.open(str(source), "r") as container:
         stream = container.streams.video[0]
         for packets in _overlapping(_groups(container.demux(stream)), num_groups):
-            _write(destination, stream, packets)
+            write_packets(destination, stream, packets)
             yield destination
 
 
@@ -52,7 +52,7 @@ def cut_evenly(source: Path, destination: Path, max_groups: int) -> Iterator[int
         groups = _groups(container.demux(stream))
         for size in even_windows(num_groups, max_groups):
             packets = [packet for group in islice(groups, size) for packet in group]
-            _write(destination, stream, packets)
+            write_packets(destination, stream, packets)
             yield len(packets)
 
 
@@ -80,12 +80,14 @@ def _overlapping(groups: Iterator[list[VideoPacket]], num_groups: int) -> Iterat
     yield [packet for each in held for packet in each]
 
 
-def _write(path: Path, stream: VideoStream, packets: list[VideoPacket]) -> None:
+def write_packets(path: Path, stream: VideoStream, packets: Iterable[VideoPacket]) -> None:
+    """Writes packets of `stream` as a video of their own; the first is of a keyframe, which is the first one shown."""
     base = stream.time_base or Fraction(1, 90_000)
-    origin = packets[0].pts or 0  # of a keyframe, which is the first one shown
+    origin: int | None = None
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
         copy = container.add_stream_from_template(stream)
         for packet in packets:
+            origin = packet.pts or 0 if origin is None else origin
             ours = Packet(bytes(packet))  # the other segment that has it needs the original's times
             ours.pts, ours.dts, ours.time_base = (packet.pts or 0) - origin, (packet.dts or 0) - origin, base
             ours.duration, ours.is_keyframe, ours.stream = packet.duration, packet.is_keyframe, copy

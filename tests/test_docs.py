@@ -32,6 +32,7 @@ SETTINGS = """
     train.global_batch=4 train.micro_batch=2 train.steps=2 launch.launcher=local launch.workers=1 launch.cpus_per_worker=1
 """
 TINY = SETTINGS.split()
+BOX = {"x1": "0", "y1": "0", "x2": "16", "y2": "16"}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / "ssv2" / f"{split}.json").write_text(json.dumps(entries))
     templates = sorted({entry["template"].translate({91: None, 93: None}) for entries in something.values() for entry in entries})
     (home / "ssv2" / "labels.json").write_text(json.dumps({template: str(number) for number, template in enumerate(templates)}))
+    write_labels(home / "boxes.csv", [{"path": row["path"], "frame": "2", "label": row["label"], **BOX} for row in rows])
+    for row, split in zip(rows, ("train", "val"), strict=False):
+        copy(videos / row["path"], home / "films" / f"film-{split}.mkv")
+        (home / f"ava_{split}.csv").write_text(f"film-{split},0000,.1,.2,.3,.4,1,7\n")
+    (home / "ava_actions.pbtxt").write_text('item { name: "stand" id: 1 }\n')
     for split, name in (("train", "list-a.txt"), ("val", "list-b.txt")):
         (home / name).write_text("\n".join(lines[split]) + "\n")
     return home

@@ -136,3 +136,16 @@ def test_tars_are_a_source(tmp_path: Path) -> None:
     paths = {"videos": str(videos), "dir": str(tmp_path / "dry")}
     estimate = dry_run.run(parse_overrides({"data": paths}, []))
     assert (estimate.labels, estimate.videos, len(estimate.refused)) == ("WebDataset tars (data.format=tars)", 6, 2)
+
+
+def test_a_dataset_from_another_ones_tars_has_its_videos(tmp_path: Path) -> None:
+    """Not a byte of a video changes, in one step or two; with another quality all do."""
+    for number, name in enumerate(("a/one", "a/two", "b/three")):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "videos" / f"{name}.mp4").write_bytes(encode(20 + number, first=100 * number))
+    steps = [tmp_path / "videos", *(tmp_path / f"{step}" / "shards" for step in range(3))]
+    for step, crf in enumerate((23, 23, 23, 30)):
+        make(steps[step], None, tmp_path / f"{step}", crf=crf)
+    stored = [sorted(Dataset.open(tmp_path / f"{step}").column("crc32").tolist()) for step in range(4)]
+    assert stored[0] == stored[1] == stored[2]
+    assert not set(stored[2]) & set(stored[3])

@@ -239,3 +239,22 @@ def test_training_from_the_store_is_training_from_the_disk(built: str, motion_da
     assert not [path for path in files if SECRET in path.read_bytes()]
     said = "".join(path.read_text() for path in (remote.dir / "logs").rglob("rank-*.log"))
     assert re.search(rf"rank [01] has waited 0\.\d s for video '\w+/\w+', byte \d+ of {built}/shards/shard-\d+\.tar", said), said[-500:]
+
+
+def test_keyframes_in_the_store_are_those_on_a_disk(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build_shards", lambda tasks, num_cpus: [build_shard(task) for task in tasks])
+    proxy.weather = CALM
+    videos, labels, url = tmp_path / "videos", tmp_path / "boxes.csv", "s3://bucket/boxes"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(encode(12))
+    labels.write_text("path,frame,x1,y1,x2,y2,label\n" + "".join(f"a,{n},{n},0,90,60,{n % 2}\n" for n in range(14)))
+    for out in (url, tmp_path / "local"):
+        said = build.run(videos=videos, labels=labels, out=out, encode=EncodeOptions(), limits=LimitOptions())
+        assert (said.num_items, said.num_quarantined) == (12, 2)
+    local, stored = Dataset.open(tmp_path / "local"), Dataset.open(url)
+    tables = [dataset.boxes() for dataset in (local, stored)]
+    assert all(table is not None and len(table) == 12 for table in tables)
+    folder = RemoteFolder(url)
+    for name in folder.sizes():
+        assert folder.read_all(name, 1 << 30) == (tmp_path / "local" / name).read_bytes(), name
+    assert validate.run(url) == []
