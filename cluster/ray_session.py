@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from cluster.errors import ClusterError
 from cluster.openness import CLOSE_IT, on_loopback
@@ -45,16 +47,26 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         return
     # A private cluster asks for a token, which Ray makes and keeps for this user; it need not say so every time.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    for name, value in _PRIVATE.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,  # workers' output is in the run's logs; a killed one would print a page here
-        _node_ip_address=LOOPBACK_ADDRESS,
-    )
+    with _environment(_PRIVATE):  # which its processes inherit, and other clusters that are started later do not
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,  # workers' output is in the run's logs; a killed one would print a page here
+            _node_ip_address=LOOPBACK_ADDRESS,
+        )
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def _join(address: str) -> None:

@@ -125,7 +125,12 @@ class Survival:
         for host in (self.head, self.second, self.third):
             self.join(host)
         words = self.trial.words("train", f"{SHARED}/run", f"{SHARED}/dataset", "run.seed=0")
-        environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "RAY_API_SERVER_ADDRESS": ray_hosts.url(self.head)}
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "RAY_API_SERVER_ADDRESS": ray_hosts.url(self.head),
+            **ray_hosts.CLOSED,
+        }
         done = self.head.run(sys.executable, "-m", "jobs", "submit", "--no-wait", "--", *words, environment=environment, timeout_s=300)
         assert done.returncode == 0, done.stdout + done.stderr
         self.say(f"submitted; first step with three workers {self.until('a step', self.steps_with(3, 0.0)):.1f} s later")
@@ -139,6 +144,9 @@ class Survival:
         self.cut(60.0)
         self.until("the end", lambda: bool(self.events("end")))
         self.say(f"ended by itself at step {self.last_step()} with {len(self.events('restart'))} restarts")
+        joined = {**environment, "RAY_ADDRESS": f"{self.head.address}:6379"}
+        judged = self.head.run(sys.executable, "-m", "jobs", "eval", f"{SHARED}/run", environment=joined, timeout_s=DEADLINE_S)
+        assert judged.returncode == 0, judged.stdout + judged.stderr
 
     def misfortune(self, what: str, workers: int, happens: Callable[[], None]) -> None:
         before, since = self.last_step(), time.time()
@@ -236,7 +244,6 @@ def main() -> None:
             survival = Survival(trial, lab)
             survival.pass_through()
             (out / "log.json").write_text(json.dumps({"log": survival.log, "changes": survival.changes()}))
-        trial.local("eval", str(shared / "run"))
     kept = json.loads((out / "log.json").read_text())
     references = [trial.reference(seed) for seed in SEEDS]
     repeated = assert_same_stream(shared / "run", references[0])

@@ -4,6 +4,7 @@ h1 is the head, h2 a node of it, h3 the submitter's machine, on which an open Ra
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -218,3 +219,68 @@ def test_what_is_finished_is_not_done_again(cluster: Cluster) -> None:
     assert (code, said.partition(" at ")[0]) == (0, f"{name}: finished")
     code, said = cluster.posmlp("logs", name)
     assert (code, said.splitlines()[-1]) == (0, "posmlp: exit code 0")
+
+
+def steps_with(run: Path, workers: int, after: int) -> bool:
+    """Whether the newest attempt, a later one than `after`, has so many workers and has made a step."""
+    events = read_metrics(run / "metrics.jsonl")
+    attempts = [event for event in events if event["event"] == "attempt"]
+    newest = attempts[-1] if attempts else {"attempt": 0, "world_size": 0}
+    made = any(event["event"] == "step" and event["attempt"] == newest["attempt"] for event in events[-20:])
+    return made and newest["world_size"] == workers and int(str(newest["attempt"])) > after
+
+
+def test_a_gang_leaves_a_node_in_time_grows_again_and_outlives_a_dead_one(cluster: Cluster) -> None:
+    """Nothing is run twice when a node is announced to leave, or a place comes; after a death, what came after the checkpoint."""
+    code, said = cluster.posmlp("submit", "--no-wait", "--", *cluster.train("elastic", STEPS, "launch.workers=[1,2]", "train.trace=true"))
+    assert code == 0, said
+    run = cluster.shared / "elastic"
+
+    def wait_for(workers: int, after: int) -> int:
+        end = time.monotonic() + 150
+        while not steps_with(run, workers, after):
+            assert time.monotonic() < end, (run / "metrics.jsonl").read_text()[-2000:]
+            time.sleep(0.2)
+        return int(str(read_metrics(run / "metrics.jsonl")[-1]["attempt"]))
+
+    attempt = wait_for(2, 0)
+    drain = "import ray; ray.init(); print(next(n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerHostname'] == 'h2'))"
+    joined = {**ray_hosts.CLOSED, "RAY_ADDRESS": f"{cluster.head.address}:6379", "PYTHONWARNINGS": "ignore"}
+    node = cluster.head.run(sys.executable, "-c", drain, environment=joined).stdout.split()[-1]
+    words = [
+        "--node-id",
+        node,
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "60",
+    ]
+    drained = cluster.head.run(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", node, *notice, environment=joined)
+    assert drained.returncode == 0, drained.stdout + drained.stderr
+    attempt = wait_for(1, attempt)
+    cluster.node.kill()
+    cluster.node.boot()
+    ray_hosts.begun(ray_hosts.begin_ray(cluster.node, cluster.head, environment={"PYTHONPATH": f"{SHARED}/site"}))
+    attempt = wait_for(2, attempt)
+    cluster.node.kill()
+    wait_for(1, attempt)
+    code, said = cluster.posmlp("stop", f"{SHARED}/elastic")
+    assert code == STOPPED, said
+    cluster.node.boot()
+    ray_hosts.begun(ray_hosts.begin_ray(cluster.node, cluster.head, environment={"PYTHONPATH": f"{SHARED}/site"}))
+
+    events = read_metrics(run / "metrics.jsonl")
+    reasons = [str(event["reason"]) for event in events if event["event"] == "restart"]
+    assert len(reasons) == 3, reasons
+    assert reasons[0] == "h2 is about to be taken away"
+    assert reasons[1] == "there is room: from 1 to 2 workers"
+    assert re.fullmatch(r"rank 1 on h2 does not answer|the process of rank 1 on h2 died|rank 0 failed: .*", reasons[2])
+    places = [
+        (record["step"], record["micro"])
+        for attempt in (1, 2, 3)
+        for path in sorted((run / "trace").glob(f"attempt-{attempt:06d}-*.jsonl"))
+        for record in map(json.loads, path.read_text().splitlines()[:-1])
+    ]
+    assert len(places) == len(set(places))  # nobody ran a micro-batch that another attempt had run, until the host died
