@@ -46,9 +46,11 @@ class CanonicalPicture:
         scaled = self._recolour(frame, width, height)
         if not (self._transpose or self._flip_rows or self._flip_columns):
             fresh = VideoFrame(width, height, "yuv420p")
-            for plane, pixels in zip(fresh.planes, scaled.planes, strict=True):
-                plane.update(pixels)  # type: ignore[arg-type]  # any buffer will do, not only the bytes that the stub asks for
-            return fresh
+            pairs = list(zip(fresh.planes, scaled.planes, strict=True))
+            if all(plane.line_size == pixels.line_size for plane, pixels in pairs):  # not where a decoder padded its lines
+                for plane, pixels in pairs:
+                    plane.update(pixels)  # type: ignore[arg-type]  # any buffer will do, not only the bytes that the stub asks for
+                return fresh
         flat = np.asarray(scaled.to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
         area = width * height
         planes = np.split(flat.reshape(-1), [area, area + area // 4])
