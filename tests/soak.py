@@ -16,7 +16,7 @@ from jobs.recipe import parse_overrides
 from jobs.run_folder import environment, write_text
 from jobs.synthesize import synthesize
 from tests.jobs import soak_build, soak_train
-from tests.pipeline import soak_loader
+from tests.pipeline import soak_loader, soak_peers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / ".soak" / "results.jsonl"
@@ -102,7 +102,8 @@ def page() -> str:
         )
     summary = ", ".join(f"{count} in {kind}" for kind, count in total.items())
     lines.insert(lines.index(HEADER), f"**{sum(total.values())} kills** ({summary}): 0 differences.\n")
-    return "\n".join([*lines, *soak_loader.section(_results(LOADER_RESULTS))]) + "\n"
+    peers = soak_peers.PEERS.read_text(encoding="utf-8") if soak_peers.PEERS.is_file() else ""
+    return "\n".join([*lines, *soak_loader.section(_results(LOADER_RESULTS))]) + "\n" + peers
 
 
 if __name__ == "__main__":

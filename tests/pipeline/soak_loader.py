@@ -115,6 +115,7 @@ class Stream:
     def __init__(self, root: Path, augment: str, seed: int = 7, steps: int = STEPS) -> None:
         self.root, self.augment, self.seed, self.steps = root, augment, seed, steps
         self._dataset = Dataset.open(root)
+        self.items = len(self._dataset)
 
     def loader(self, rank: int, world_size: int, start: int, *, threads: int = 1, prefetch_mib: int = 1) -> Loader:
         """What a rank has that starts at global step `start`."""
@@ -176,7 +177,15 @@ def soak_dropped(streams: dict[str, Stream], seed: int) -> dict[str, object]:
         check_whole(stream, kept, first, start, f"seed {seed}")
         kills += [[one.world_size, other.world_size] for one, other in pairwise(lives)]
     seconds = round(time.monotonic() - began, 1)
-    return {"kind": "dropped", "seed": seed, "augment": augment, "kills": kills, "compared": compared, "seconds": seconds}
+    return {
+        "kind": "dropped",
+        "seed": seed,
+        "augment": augment,
+        "items": stream.items,
+        "kills": kills,
+        "compared": compared,
+        "seconds": seconds,
+    }
 
 
 def _rank(stream: Stream, life: Life, rank: int, start: int) -> list[tuple[Place, Record]]:
@@ -236,7 +245,15 @@ def soak_killed(stream: Stream, seed: int, folder: Path) -> dict[str, object]:
         kills += [[world_size, sizes[number + 1]]] if number < 2 else []
     check_whole(stream, kept, first, start, f"SIGKILL, seed {seed}")
     seconds = round(time.monotonic() - began, 1)
-    return {"kind": "SIGKILL", "seed": seed, "augment": stream.augment, "kills": kills, "compared": compared, "seconds": seconds}
+    return {
+        "kind": "SIGKILL",
+        "seed": seed,
+        "augment": stream.augment,
+        "items": stream.items,
+        "kills": kills,
+        "compared": compared,
+        "seconds": seconds,
+    }
 
 
 def _process(
@@ -320,6 +337,7 @@ def section(entries: Sequence[dict[str, object]]) -> list[str]:
         dropped, killed = dropped + len(kills) * (entry["kind"] == "dropped"), killed + len(kills) * (entry["kind"] == "SIGKILL")
     if not entries:
         return []
+    items = ", ".join(sorted({str(entry["items"]) for entry in entries}))
     rows = []
     for size in WORLD_SIZES:
         cells = [counts[size, other] for other in WORLD_SIZES]
@@ -335,7 +353,7 @@ def section(entries: Sequence[dict[str, object]]) -> list[str]:
         "have stopped it.",
         "",
         f"**{dropped} kills by dropping, {killed} by SIGKILL**, every second one of a loader that had been resumed before;",
-        f"{compared} micro-batches compared: 0 differences.",
+        f"{compared} micro-batches of datasets of {items} items compared: 0 differences.",
         "",
         "| ranks killed | went on at 1 | at 2 | at 4 | at 8 | kills | lost | repeated |",
         "|---|---|---|---|---|---|---|---|",
