@@ -1,4 +1,4 @@
-# make demo [VIDEOS=dir [LABELS=file]] | make test | make lint | make soak BUDGET_MIN=20 SEED=1 | make constraints
+# make demo [VIDEOS=dir [LABELS=file]] | make test | make lint | make soak BUDGET_MIN=20 SEED=1 | make soak-peers | make constraints
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ SEED   ?= 1
 # Most tests wait for processes that they start; more than two at a time need more than two cores. Files in the order of their folders, the
 # long one first: sorted by their number of tests, as is the default, those that train and submit would come last and one by one.
 TEST_PROCESSES ?= 2
-.PHONY: demo test lint soak damage docs constraints clean
+.PHONY: demo test lint soak soak-peers damage docs constraints clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
@@ -31,6 +31,10 @@ lint: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --budget-min $(BUDGET_MIN) --seed $(SEED)
+
+# What other loaders lose and repeat when they are killed, of those that are installed: the table at the end of docs/soak.md.
+soak-peers: $(STAMP)
+	$(BIN)/python -m tests.pipeline.soak_peers --seed $(SEED)
 
 # What becomes of damaged videos, counted: docs/damage.md.
 damage: $(STAMP)

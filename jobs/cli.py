@@ -599,6 +599,32 @@ def bench_decode(folder: Path | None, num_videos: int, repeats: int, as_json: bo
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
+@bench.command("encode")
+@click.argument("folder", type=FOLDER, required=False)
+@click.option("--videos", "num_videos", default=4, show_default=True, type=click.IntRange(min=1), help="How many are measured.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats of decoding.")
+@click.option("--frames", default=16, show_default=True, type=click.IntRange(min=1, max=1024), help="Frames of a clip.")
+@click.option("--stride", default=4, show_default=True, type=click.IntRange(min=1), help="Source frames from one of them to the next.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_encode(folder: Path | None, num_videos: int, repeats: int, frames: int, stride: int, as_json: bool) -> None:
+    """What choices of data.encode give and cost: decoding, bytes, PSNR, SSIM, building; on the videos in FOLDER or synthetic ones."""
+    from jobs import bench_encode as verb
+
+    rows = verb.run(folder, num_videos=num_videos, repeats=repeats, frames=frames, stride=stride)
+    click.echo(json.dumps(verb.as_dicts(rows), indent=1) if as_json else verb.table(rows))
+
+
+@bench.command("build")
+@click.option("--videos", type=FOLDER, help="Folder of videos.  [default: synthetic ones of ten seconds]")
+@click.option("--num-videos", type=click.IntRange(min=2), help="How many are built.  [default: 100, or 6 synthetic ones]")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")
+def bench_build(videos: Path | None, num_videos: int | None, repeats: int) -> None:
+    """CPU time of the build against the ffmpeg command line with the same filters and options, and of two workers against one."""
+    from jobs import bench_build as verb
+
+    click.echo(verb.table(verb.run(videos, num_videos=num_videos or (100 if videos else 6), repeats=repeats)))
+
+
 @bench.command("data")
 @click.option("--videos", "num_videos", default=4, show_default=True, type=click.IntRange(min=1), help="Synthetic scenes in the dataset.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1), help="Interleaved repeats.")

@@ -47,7 +47,15 @@ class CanonicalPicture:
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         """A new yuv420p frame that carries pixels only: no timestamps, picture types or side data of the source."""
         width, height = self._size
-        flat = np.asarray(self._recolour(frame, width, height).to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
+        scaled = self._recolour(frame, width, height)
+        if not (self._transpose or self._flip_rows or self._flip_columns):
+            fresh = VideoFrame(width, height, "yuv420p")
+            pairs = list(zip(fresh.planes, scaled.planes, strict=True))
+            if all(plane.line_size == pixels.line_size for plane, pixels in pairs):  # not where a decoder padded its lines
+                for plane, pixels in pairs:
+                    plane.update(pixels)  # type: ignore[arg-type]  # any buffer will do, not only the bytes that the stub asks for
+                return fresh
+        flat = np.asarray(scaled.to_ndarray(), np.uint8)  # (3 H / 2, W): Y, then U, then V
         area = width * height
         planes = np.split(flat.reshape(-1), [area, area + area // 4])
         shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]

@@ -1,7 +1,7 @@
 """make soak: seeded kills for a budget of minutes, continued where the last call stopped; writes docs/soak.md.
 
-Each round kills some local trainings, some under Ray, and a build; each is compared with an uninterrupted one. The first difference
-ends the soak with its seed, which repeats the same plan of kills.
+Each round kills some local trainings, some under Ray, a build, and many loaders; each is compared with an uninterrupted one. The first
+difference ends the soak with its seed, which repeats the same plan of kills.
 """
 
 import argparse
@@ -16,12 +16,15 @@ from jobs.recipe import parse_overrides
 from jobs.run_folder import environment, write_text
 from jobs.synthesize import synthesize
 from tests.jobs import soak_build, soak_train
+from tests.pipeline import soak_loader, soak_peers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / ".soak" / "results.jsonl"
+LOADER_RESULTS = ROOT / ".soak" / "loader.jsonl"
 PAGE = ROOT / "docs" / "soak.md"
 HEADER = "| kind | seed | kills | micro-batches run again | seconds |"
 KILLS = {"local": 8, "ray": 2, "build": 2}  # in a round
+LOADER_SEEDS, LOADER_KILLS = 10, 2  # in a round: eight dropped loaders each; processes
 
 
 def main() -> None:
@@ -38,8 +41,10 @@ def main() -> None:
         build.build_dataset(parse_overrides({"data": paths}, []))
         reference = soak_train.Run(folder / "reference", folder / "dataset")
         reference.finish()
+        soak_loader.damaged_copy(folder / "dataset", folder / "damaged")
         while time.monotonic() < end:
             _round(folder, reference, len(_results()) * 1000 + options.seed)
+            _loader_round(folder, len(_results(LOADER_RESULTS)) + options.seed)
             write_text(PAGE, page())
 
 
@@ -54,14 +59,21 @@ def _round(folder: Path, reference: soak_train.Run, seed: int) -> None:
             shutil.rmtree(work)
 
 
+def _loader_round(folder: Path, seed: int) -> None:
+    seeds = range(seed, seed + LOADER_SEEDS)
+    with LOADER_RESULTS.open("a", encoding="utf-8") as file:
+        for entry in soak_loader.soak(folder / "damaged", folder, seeds=seeds, kills=LOADER_KILLS):
+            file.write(json.dumps(entry) + "\n")
+
+
 def _keep(kind: str, entries: list[dict[str, object]]) -> None:
     with RESULTS.open("a", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps({"kind": kind, "date": time.strftime("%Y-%m-%d"), **entry}) + "\n")
 
 
-def _results() -> list[dict[str, object]]:
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.is_file() else []
+def _results(file: Path = RESULTS) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def page() -> str:
@@ -90,7 +102,8 @@ def page() -> str:
         )
     summary = ", ".join(f"{count} in {kind}" for kind, count in total.items())
     lines.insert(lines.index(HEADER), f"**{sum(total.values())} kills** ({summary}): 0 differences.\n")
-    return "\n".join(lines) + "\n"
+    peers = soak_peers.PEERS.read_text(encoding="utf-8") if soak_peers.PEERS.is_file() else ""
+    return "\n".join([*lines, *soak_loader.section(_results(LOADER_RESULTS))]) + "\n" + peers
 
 
 if __name__ == "__main__":

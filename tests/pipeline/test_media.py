@@ -28,7 +28,7 @@ from pipeline.media_worker import MediaWorker
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.quarantine import MAX_STREAMS, Reason, RejectedError
 from pipeline.source_video import probe
-from tests.pipeline.numbered import MJPEG, VP9, Stream, encode, read_number
+from tests.pipeline.numbered import MJPEG, VP9, Stream, encode, number_image, read_number
 
 ENCODE, LIMITS = EncodeOptions(), LimitOptions()
 X264 = {"preset": "ultrafast", "crf": "18", "threads": "1"}
@@ -74,6 +74,18 @@ def test_every_frame_once_and_in_order(tmp_path: Path, stream: Stream) -> None:
     assert numbers_of(out) == list(range(70))
     assert (report.num_frames, report.source_frames, report.width, report.height) == (70, 70, 96, 64)
     assert report.size == out.stat().st_size
+
+
+def test_a_video_that_is_canonical_already(tmp_path: Path) -> None:
+    """Its pictures are taken as they are decoded, where the decoder pads its lines."""
+    frames = [number_image(number) for number in range(10)]
+    write_video(tmp_path / "in.mp4", frames, 25.0, EncodeOptions(crf=5))
+    with av.open(str(tmp_path / "in.mp4")) as container:
+        decoded = next(container.decode(video=0))
+    assert decoded.planes[0].line_size > decoded.width
+    verify_and_transcode(tmp_path / "in.mp4", tmp_path / "out.mp4", EncodeOptions(crf=5), LIMITS)
+    for one, other in zip(frames_of(tmp_path / "out.mp4"), frames, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 12
 
 
 def test_form(tmp_path: Path) -> None:
