@@ -247,16 +247,7 @@ def test_a_gang_leaves_a_node_in_time_grows_again_and_outlives_a_dead_one(cluste
     drain = "import ray; ray.init(); print(next(n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerHostname'] == 'h2'))"
     joined = {**ray_hosts.CLOSED, "RAY_ADDRESS": f"{cluster.head.address}:6379", "PYTHONWARNINGS": "ignore"}
     node = cluster.head.run(sys.executable, "-c", drain, environment=joined).stdout.split()[-1]
-    words = [
-        "--node-id",
-        node,
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "60",
-    ]
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
     drained = cluster.head.run(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", node, *notice, environment=joined)
     assert drained.returncode == 0, drained.stdout + drained.stderr
     attempt = wait_for(1, attempt)
