@@ -117,7 +117,7 @@ def _videos(folder: Path, work: Path, count: int) -> Videos:
     listed = read_manifest(folder, [_labels(work, paths)]).sources if paths else []
     tried = Videos(folder=folder, sources=[replace(source, splits=()) for source in listed], sizes=[], seconds=0.0)
     _task(tried, work / "tried")
-    _, table, _, _ = read_record(record_path(work / "tried", 0))
+    table = read_record(record_path(work / "tried", 0)).rows
     rows = {row["source"]: row for row in table.to_pylist()}
     sources = [source for source in tried.sources if source.path in rows]
     if len(sources) < 2:

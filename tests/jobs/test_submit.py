@@ -258,7 +258,7 @@ def test_a_gang_leaves_a_node_in_time_grows_again_and_outlives_a_dead_one(cluste
     cluster.node.kill()
     wait_for(1, attempt)
     code, said = cluster.posmlp("stop", f"{SHARED}/elastic")
-    assert code == STOPPED, said
+    assert code == 0, said
     cluster.node.boot()
     ray_hosts.begun(ray_hosts.begin_ray(cluster.node, cluster.head, environment={"PYTHONPATH": f"{SHARED}/site"}))
 
