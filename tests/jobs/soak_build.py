@@ -1,7 +1,7 @@
 """Seeded kills of real builds: whatever dies whenever, the finished dataset is the uninterrupted one, byte by byte.
 
-Victims are the driver, a Ray worker, the child that decodes and its fork for one video. After each kill the build goes on by itself
-or is started again. Compared: every file; the inodes and times of shards that were finished when something died; that no process and
+Victims are the driver, a Ray worker, the child that decodes, its fork for one video, and on request Ray's own processes. After each
+kill the build goes on by itself or is started again. Compared: every file; the inodes and times of shards that were finished when something died; that no process and
 no other file is left. A sample runs in the tests; `make soak` runs more.
 Usage: python tests/jobs/soak_build.py --data DIR --kills N --seed S
 """
@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 VICTIMS = ("driver", "worker", "decoder", "fork")
+RAY = ("raylet", "gcs_server")  # Ray itself; then the build ends, with an error
 KILLS_PER_BUILD = 2
 DEADLINE_S = 300.0
 SLOW_TO_LEAVE = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own; up to a minute when killed while they start
@@ -39,14 +41,14 @@ class Kill:
         return f"{self.victim} {self.delay_s:.2f} s after shard {self.shards}"
 
 
-def plan(seed: int, kills: int, num_shards: int) -> list[Kill]:
+def plan(seed: int, kills: int, num_shards: int, victims: Sequence[str] = VICTIMS) -> list[Kill]:
     """Kills in the order of their moments; the last moment is the merge of all shards."""
     draw = random.Random(seed)
-    drawn = [Kill(victim=draw.choice(VICTIMS), shards=draw.randint(0, num_shards), delay_s=draw.uniform(0, 0.4)) for _ in range(kills)]
+    drawn = [Kill(victim=draw.choice(victims), shards=draw.randint(0, num_shards), delay_s=draw.uniform(0, 0.4)) for _ in range(kills)]
     return sorted(drawn, key=lambda kill: (kill.shards, kill.delay_s))
 
 
-def soak(videos: Path, *, kills: int, seed: int, wait_for_ray: bool = True) -> list[dict[str, object]]:
+def soak(videos: Path, *, kills: int, seed: int, wait_for_ray: bool = True, victims: Sequence[str] = VICTIMS) -> list[dict[str, object]]:
     """One entry per killed build: seed, kills (as text), seconds. Raises AssertionError, with the seed, at the first difference.
 
     wait_for_ray: also wait, at the end, for those processes of Ray that take a minute to leave.
@@ -61,7 +63,7 @@ def soak(videos: Path, *, kills: int, seed: int, wait_for_ray: bool = True) -> l
             began = time.monotonic()
             own = seed + number
             out = Path(name) / "killed"
-            told = _killed_build(videos, out, plan(own, min(KILLS_PER_BUILD, kills - first), num_shards), own, slow)
+            told = _killed_build(videos, out, plan(own, min(KILLS_PER_BUILD, kills - first), num_shards, victims), own, slow)
             _compare(reference, out, own)
             shutil.rmtree(out)
             entries.append({"seed": own, "kills": told, "seconds": round(time.monotonic() - began, 1)})
@@ -81,8 +83,8 @@ def _killed_build(videos: Path, out: Path, kills: list[Kill], seed: int, slow: l
         family = _kill(driver, out, kill)
         told.append(str(kill) if family is not None else f"{kill}: over before")
         finished |= _finished(out)
-        if kill.victim == "driver" and family is not None:
-            driver.wait()
+        if kill.victim in ("driver", *RAY) and family is not None:
+            driver.wait(DEADLINE_S)
             slow += [process for process in family if process.is_running() and process.name() in SLOW_TO_LEAVE]
             _assert_gone([process for process in family if process not in slow], 30, seed)
     for _ in range(3):
@@ -141,17 +143,19 @@ def _family(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def _victims(family: list[psutil.Process], victim: str) -> list[psutil.Process]:
     """Ray workers at work, their decoding children, or the forks of those; lowest process number first."""
-    decoders, workers = [], []
+    decoders, workers, ray = [], [], []
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             if "pipeline.media_worker" in process.cmdline():
                 decoders.append(process)
             elif process.name().startswith("ray::build_shard"):
                 workers.append(process)
+            elif process.name() == victim:
+                ray.append(process)
     pids = {process.pid for process in decoders}
     forks = [process for process in decoders if process.ppid() in pids]
     kinds = {"worker": workers, "decoder": [process for process in decoders if process not in forks], "fork": forks}
-    return sorted(kinds[victim], key=lambda process: process.pid)
+    return sorted(kinds.get(victim, ray), key=lambda process: process.pid)
 
 
 def _finished(out: Path) -> dict[str, tuple[int, int]]:
@@ -180,8 +184,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of videos, with labels.csv or class folders")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--victims", nargs="+", choices=[*VICTIMS, *RAY], default=VICTIMS)
     options = parser.parse_args()
-    for entry in soak(options.data, kills=options.kills, seed=options.seed):
+    for entry in soak(options.data, kills=options.kills, seed=options.seed, victims=options.victims):
         print(f"seed {entry['seed']}: {'; '.join(map(str, entry['kills']))}: equal, {entry['seconds']} s")  # type: ignore[call-overload]
 
 
