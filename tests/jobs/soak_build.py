@@ -1,8 +1,8 @@
 """Seeded kills of real builds: whatever dies whenever, the finished dataset is the uninterrupted one, byte by byte.
 
 Victims are the driver, a Ray worker, the child that decodes, its fork for one video, and on request Ray's own processes. After each
-kill the build goes on by itself or is started again. Compared: every file; the inodes and times of shards that were finished when something died; that no process and
-no other file is left. A sample runs in the tests; `make soak` runs more.
+kill the build goes on by itself or is started again. Compared: every file; the inodes and times of shards that were finished when
+something died; that no process and no other file is left. A sample runs in the tests; `make soak` runs more.
 Usage: python tests/jobs/soak_build.py --data DIR --kills N --seed S
 """
 
