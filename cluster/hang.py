@@ -121,7 +121,7 @@ def _collectives() -> tuple[int, list[str]]:
         from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]  # no public way
 
         entries = json.loads(_dump_fr_trace_json())["entries"]
-        said = [f"{entry['profiling_name']} of {entry['input_sizes']} in {entry['process_group'][1]}" for entry in entries]
+        said = [f"{entry['profiling_name']} of {entry['input_sizes']} in group {entry['process_group'][0]}" for entry in entries]
         return max((entry["record_id"] + 1 for entry in entries), default=0), said[-COLLECTIVES:]
     except (ImportError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         return -1, [f"not known: {error!r}"]
