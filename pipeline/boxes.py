@@ -260,9 +260,9 @@ def in_crop(boxes: ItemBoxes, roi: Roi, flip: bool, *, width: int, height: int) 
     roi: the crop (y0, x0, y1, x1) in pixels. Boxes of which nothing is left in the crop are dropped.
     """
     y0, x0, y1, x1 = roi
-    scale = np.array([width / (x1 - x0), height / (y1 - y0)] * 2)
-    shift = np.array([x0 / (x1 - x0), y0 / (y1 - y0)] * 2)
-    corners = np.clip(boxes.corners.astype(np.float64) * scale - shift, 0, 1)
+    pixels = boxes.corners.astype(np.float64) * [width, height, width, height]
+    # Subtracted before it is divided, so that a box that only touches the crop has no sliver of rounding in it.
+    corners = np.clip((pixels - [x0, y0, x0, y0]) / [x1 - x0, y1 - y0, x1 - x0, y1 - y0], 0, 1)
     if flip:
         corners = np.stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]], axis=1)
     shown = replace(boxes, corners=corners.astype(np.float32))

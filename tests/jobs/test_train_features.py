@@ -14,7 +14,7 @@ from cluster.checkpoint import CheckpointStore, model_state
 from cluster.errors import CheckpointError
 from cluster.metrics import MetricsWriter, read_metrics
 from cluster.topology import Worker
-from jobs.checkpoint_tools import chosen, export, inspect, line, verify
+from jobs.checkpoint_tools import chosen, export, inspect, verify
 from jobs.errors import RecipeError
 from jobs.initial import freeze, initialise, rate_scales
 from jobs.recipe import Recipe, parse_recipe
@@ -114,13 +114,13 @@ def test_an_exported_file_is_the_model_and_can_be_begun_with(run: Run, tmp_path:
 def test_checkpoint_commands(run: Run) -> None:
     found = chosen(run.dir, None)
     assert found.step == 4
-    assert line(found).startswith("step        4")
     told = json.loads(json.dumps(inspect(found)))
     assert told["optimizer.ema"] == 0.9
     assert told["holds"]["model"] == told["holds"]["exp_avg"]
     assert verify(run.dir) == []
     listed = posmlp("checkpoint", "list", str(run.dir))
     assert (listed.returncode, len(listed.stdout.splitlines())) == (0, 2), listed.stderr
+    assert listed.stdout.startswith("step        4")
     wrong = posmlp("checkpoint", "inspect", str(run.dir), "--step", "17")
     assert wrong.returncode == 1
     assert "has no checkpoint of step 17; there are 4, 3." in wrong.stderr
