@@ -26,6 +26,7 @@ from cluster.checkpoint import CheckpointStore
 from cluster.metrics import merge_steps, read_metrics
 from tests.cluster import hosts, ray_hosts
 from tests.cluster.hosts import Host, Lab
+from tests.jobs.soak_train import assert_same_stream
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = "/tmp/shared"
@@ -56,28 +57,6 @@ class Trial:
             self.local(*self.words("train", run, self.out / "dataset", f"run.seed={seed}", "launch.launcher=local", "launch.workers=2"))
             self.local("eval", str(run))
         return run
-
-
-def trace(run: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """(step, micro-batch) -> what each attempt that ran it recorded."""
-    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for path in sorted((run / "trace").glob("*.jsonl")):
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                found.setdefault((record["step"], record["micro"]), []).append(record)
-    return found
-
-
-def assert_same_stream(run: Path, reference: Path) -> int:
-    """Returns how many micro-batches were run more than once."""
-    ours, theirs = trace(run), trace(reference)
-    assert ours.keys() == theirs.keys(), "micro-batches lost or invented"
-    for place, records in ours.items():
-        assert len({record["attempt"] for record in records}) == len(records), f"{place} twice in one attempt"
-        for record in records:
-            assert {**record, "attempt": 0} == {**theirs[place][0], "attempt": 0}, f"{place} differs"
-    return sum(len(records) - 1 for records in ours.values())
 
 
 class Survival:

@@ -166,36 +166,43 @@ class Run:
             return process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE
         return False
 
-    def trace(self) -> dict[tuple[int, int], list[dict[str, object]]]:
-        """(step, micro-batch) -> what each attempt that ran it recorded. A line torn by a kill is not a record."""
-        found: dict[tuple[int, int], list[dict[str, object]]] = {}
-        for path in sorted((self.dir / "trace").glob("*.jsonl")):
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    found.setdefault((record["step"], record["micro"]), []).append(record)
-        return found
-
     def tensors(self) -> tuple[int, dict[str, npt.NDArray[np.generic]]]:
         newest = CheckpointStore(self.dir / "checkpoints", keep=2).newest(warn=print)
         assert newest is not None
         return newest.step, newest.load()
 
 
-def assert_same(run: Run, reference: Run) -> int:
-    """The run is the reference, to the bit. Returns how many micro-batches were run more than once."""
-    ours, theirs = run.trace(), reference.trace()
+def trace(run_dir: Path) -> dict[tuple[int, int], list[dict[str, object]]]:
+    """(step, micro-batch) -> what each attempt that ran it recorded. A line torn by a kill is not a record."""
+    found: dict[tuple[int, int], list[dict[str, object]]] = {}
+    for path in sorted((run_dir / "trace").glob("*.jsonl")):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                found.setdefault((record["step"], record["micro"]), []).append(record)
+    return found
+
+
+def assert_same_stream(run_dir: Path, reference: Path) -> int:
+    """Both runs have seen the same, to the bit of each tensor. Returns how many micro-batches were run more than once."""
+    ours, theirs = trace(run_dir), trace(reference)
     assert ours.keys() == theirs.keys(), "micro-batches lost or invented"
     for place, records in ours.items():
         assert len({record["attempt"] for record in records}) == len(records), f"{place} twice in one attempt"
         for record in records:
             assert {**record, "attempt": 0} == {**theirs[place][0], "attempt": 0}, f"{place} differs"
+    return sum(len(records) - 1 for records in ours.values())
+
+
+def assert_same(run: Run, reference: Run) -> int:
+    """The run is the reference, to the bit. Returns how many micro-batches were run more than once."""
+    repeated = assert_same_stream(run.dir, reference.dir)
     (step, mine), (wanted, expected) = run.tensors(), reference.tensors()
     assert step == wanted
     assert mine.keys() == expected.keys()
     different = [name for name in mine if mine[name].tobytes() != expected[name].tobytes()]
     assert not different, f"weights or moments differ: {different[:5]}"
-    return sum(len(records) - 1 for records in ours.values())
+    return repeated
 
 
 def done(log: object) -> list[str]:
@@ -206,7 +213,7 @@ def done(log: object) -> list[str]:
 
 def soak(folder: Path, reference: Run, dataset: Path, kills: int, seed: int, *more: str) -> list[dict[str, object]]:
     """At least `kills` kills over as many runs as it takes, each compared with the uninterrupted `reference`."""
-    steps = max(step for step, _ in reference.trace()) + 1
+    steps = max(step for step, _ in trace(reference.dir)) + 1
     results: list[dict[str, object]] = []
     number = 0
     while sum(len(done(entry["kills"])) for entry in results) < kills:

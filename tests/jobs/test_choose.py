@@ -14,7 +14,7 @@ from jobs.recipe import load_recipe, parse_overrides, parse_recipe
 from jobs.report import render
 from jobs.run_folder import checkpoints, choice_rows, recipe_of, train_rows
 from pipeline.index import Dataset
-from tests.jobs.soak_train import Kill, Run, assert_same
+from tests.jobs.soak_train import Kill, Run, assert_same, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # DeepSpeed's own
 CHOICE = ("data.choose_fraction=0.3", "train.steps=9", "launch.workers=1")
@@ -68,7 +68,7 @@ def test_choice_is_disjoint_from_what_is_trained_on_and_reported(motion_dataset:
     assert sorted([*train, *choice]) == dataset.rows("split", "train").tolist()
     units = [{dataset.text("group", row) or dataset.text("source", row) for row in rows.tolist()} for rows in (train, choice)]
     assert not units[0] & units[1]
-    trained = {name for records in chosen.trace().values() for record in records for name in record["keys"]}  # type: ignore[attr-defined]
+    trained = {name for records in trace(chosen.dir).values() for record in records for name in record["keys"]}  # type: ignore[attr-defined]
     assert not trained & {dataset.text("key", row) for row in choice.tolist()}
 
 

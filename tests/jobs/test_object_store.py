@@ -26,7 +26,7 @@ from pipeline.index import Dataset, read_info
 from pipeline.options import EncodeOptions, LimitOptions
 from pipeline.overlay import Kind
 from pipeline.remote import RemoteFolder
-from tests.jobs.soak_train import Run
+from tests.jobs.soak_train import Run, trace
 from tests.pipeline.numbered import Video, encode, number_image, write_dataset
 from tests.pipeline.s3 import CALM, FAULTS, Proxy, Weather, s3_server
 from tests.pipeline.test_pictures import png
@@ -233,7 +233,7 @@ def test_training_from_the_store_is_training_from_the_disk(built: str, motion_da
     remote.finish()
     proxy.weather = CALM
     assert sum(weather.seen[kind] for kind in FAULTS) >= 5
-    assert remote.trace() == local.trace()
+    assert trace(remote.dir) == trace(local.dir)
     assert load_recipe(str(remote.dir / "recipe.yaml")).data.dir == built
     files = [path for path in [*remote.dir.rglob("*"), *(tmp_path / "cache").rglob("*")] if path.is_file()]
     assert not [path for path in files if SECRET in path.read_bytes()]

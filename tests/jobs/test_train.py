@@ -14,7 +14,7 @@ from cluster.metrics import merge_steps, read_metrics
 from jobs import amend
 from pipeline.index import Dataset
 from pipeline.overlay import Kind
-from tests.jobs.soak_train import Kill, Run, assert_same
+from tests.jobs.soak_train import Kill, Run, assert_same, trace
 
 STEPS = 18
 
@@ -63,7 +63,7 @@ def test_a_kill_under_ray_changes_nothing(tmp_path: Path, motion_dataset: Path, 
 def test_world_size_changes_neither_stream_nor_losses(tmp_path: Path, motion_dataset: Path, reference: Run, workers: int) -> None:
     run = Run(tmp_path / "run", motion_dataset, f"launch.workers={workers}")
     run.finish()
-    ours, theirs = run.trace(), reference.trace()
+    ours, theirs = trace(run.dir), trace(reference.dir)
     assert ours.keys() == theirs.keys()
     assert all({**ours[place][0], "attempt": 0} == {**theirs[place][0], "attempt": 0} for place in ours)
     assert np.allclose(losses(run), losses(reference), rtol=1e-4)
@@ -133,7 +133,7 @@ def test_a_damaged_video_is_substituted_and_written_down(tmp_path: Path, motion_
     events = [event for path in (run.dir / "damage").glob("*.jsonl") for event in read_metrics(path)]
     assert {event["key"] for event in events} == {key}
     assert all("checksum" in str(event["reason"]).lower() or "crc" in str(event["reason"]).lower() for event in events)
-    assert key not in {name for records in run.trace().values() for record in records for name in record["keys"]}  # type: ignore[attr-defined]
+    assert key not in {name for records in trace(run.dir).values() for record in records for name in record["keys"]}  # type: ignore[attr-defined]
 
 
 def test_too_many_damaged_videos_stop_the_run(tmp_path: Path, motion_dataset: Path) -> None:
