@@ -76,3 +76,6 @@ def _outcome(reference: "ray.ObjectRef") -> Any:
         raise ClusterError(
             f"A task lost its process again and again: {error}. Look at the memory of the machines; the same command resumes."
         ) from None
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ClusterError(f"Ray ended amid its tasks: {lines[0] if lines else error!r} The same command goes on.") from None
