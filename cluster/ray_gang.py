@@ -23,7 +23,7 @@ from cluster.errors import LaunchError, StoppedError
 from cluster.job import Job, Place, hung_reason, worker_environment
 from cluster.nodes import Node, draining, interface_of, living, usable
 from cluster.options import LaunchOptions
-from cluster.ray_session import ray
+from cluster.ray_session import is_private, ray
 from cluster.stopping import remember_sigterm
 from cluster.topology import Fit, fit_workers
 
@@ -49,8 +49,15 @@ class RayGangs:
     def run(self, folder: Path) -> str | None:
         """One gang from start to end: None when every worker finished, else why it was ended. Leaves no process and no reservation.
 
-        Raises LaunchError when the workers do not fit the cluster, and, later on, have found no place for `hang_timeout_s`.
+        Raises LaunchError when the workers do not fit the cluster, later on when they have found no place for `hang_timeout_s`, and when
+        Ray itself is gone.
         """
+        try:
+            return self._run(folder)
+        except ray.exceptions.RayError as error:
+            raise LaunchError(f"Ray ended while it ran the workers: {_last_line(error)} The same command goes on.") from None
+
+    def _run(self, folder: Path) -> str | None:
         with self._reserved() as (group, size, fit, gpu):
             ranks = self._ranks(group, size, fit, gpu)
             try:
@@ -69,6 +76,8 @@ class RayGangs:
         told = False
         while True:
             nodes = usable()
+            if not nodes and is_private():
+                raise LaunchError("Ray on this machine has ended. The same command goes on.")
             gpu = any(node.gpus for node in nodes)
             try:
                 fit = self._fit(nodes)
@@ -299,6 +308,7 @@ class _Rank:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         if order.stoppable:
             remember_sigterm()
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
         threading.Thread(target=self._work, args=(order, seat, store), name="work", daemon=True).start()
 
     def poll(self) -> tuple[str, str]:
@@ -321,6 +331,13 @@ class _Rank:
         except BaseException as error:  # the supervisor decides what follows
             traceback.print_exc(file=log)
             self._answer = ("failed", _last_line(error))
+
+
+def _end_with(raylet: int) -> None:
+    """Ends this process when its raylet has: for Ray it is dead then, and nobody would end it."""
+    while os.getppid() == raylet:
+        time.sleep(POLL_S)
+    os._exit(1)
 
 
 def _last_line(error: BaseException) -> str:

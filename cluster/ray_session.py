@@ -58,6 +58,11 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         )
 
 
+def is_private() -> bool:
+    """Whether this process has a Ray of its own, which no other machine can join."""
+    return str(ray.get_runtime_context().gcs_address).startswith(f"{LOOPBACK_ADDRESS}:")
+
+
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changes}
