@@ -69,22 +69,28 @@ launch("toy_training:train", payload, run_dir=run_dir, num_micro_batches=4, opti
 LEISURELY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
-def test_when_the_driver_is_interrupted_nothing_of_its_cluster_is_left(tmp_path: Path) -> None:
-    """A driver that is killed instead: `make soak`."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("victim", ["driver", "raylet"])
+def test_nothing_is_left_of_a_private_cluster(tmp_path: Path, victim: str) -> None:
+    """When its driver is interrupted, and when Ray itself dies, which the driver says in a line. A driver that is killed: `make soak`."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         deadline = time.monotonic() + 120
         while len(merge_steps(read_metrics(tmp_path / "metrics.jsonl"))) < 3:
             assert driver.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        started = [process.pid for process in psutil.Process(driver.pid).children(recursive=True)]
+        family = psutil.Process(driver.pid).children(recursive=True)
         workers = lease.read_attempts(tmp_path)[0]["pids"]
-        driver.send_signal(signal.SIGINT)
-        driver.wait(timeout=20)
+        if victim == "driver":
+            driver.send_signal(signal.SIGINT)
+        else:
+            next(process for process in family if process.name() == "raylet").kill()
+        _, said = driver.communicate(timeout=60)
     finally:
         driver.kill()
-        driver.wait()
+        driver.communicate()
+    assert victim == "driver" or "LaunchError: Ray on this machine has ended. The same command goes on." in said, said
+    started = [process.pid for process in family]
     assert isinstance(workers, list)
     assert set(workers) <= set(started)
     deadline = time.monotonic() + 15
