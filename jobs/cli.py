@@ -688,6 +688,18 @@ def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int,
     click.echo(json.dumps(result, indent=1) if as_json else verb.table(result))
 
 
+@bench.command("restart")
+@click.option("--launcher", "launchers", type=click.Choice(["local", "ray"]), multiple=True, default=("local", "ray"), show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Each harm once in a round.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def bench_restart(launchers: tuple[str, ...], rounds: int, as_json: bool) -> None:
+    """Seconds from a lost worker, a stopped one, or a killed command to the next optimizer step."""
+    from jobs import bench_restart as verb
+
+    rows = verb.run(launchers, rounds)
+    click.echo(json.dumps(rows, indent=1) if as_json else verb.table(rows))
+
+
 cli_cluster.add_to(posmlp)
 
 
