@@ -56,7 +56,7 @@ def run(launchers: Sequence[str], rounds: int) -> list[dict[str, object]]:
         rows = []
         for launcher in launchers:
             taken: dict[str, list[list[float]]] = {harm: [] for harm in HARMS}
-            with _Trial(folder, folder / f"run-{launcher}", dataset, launcher) as trial:
+            with _Trial(folder, dataset, launcher) as trial:
                 for number in range(rounds):
                     for harm in HARMS:
                         click.echo(f"{launcher}, round {number + 1} of {rounds}: {harm}", err=True)
@@ -82,9 +82,9 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 class _Trial:
     """One training that is harmed again and again."""
 
-    def __init__(self, folder: Path, run_dir: Path, dataset: Path, launcher: str) -> None:
-        self._dir, self._log = run_dir, folder / f"{launcher}.log"
-        settings = [f"run.dir={run_dir}", f"data.dir={dataset}", f"launch.launcher={launcher}", "launch.max_restarts=1000"]
+    def __init__(self, folder: Path, dataset: Path, launcher: str) -> None:
+        self._dir, self._log = folder / f"run-{launcher}", folder / f"{launcher}.log"
+        settings = [f"run.dir={self._dir}", f"data.dir={dataset}", f"launch.launcher={launcher}", "launch.max_restarts=1000"]
         self._command = [sys.executable, "-m", "jobs", "train", str(folder / "recipe.yaml"), *settings]
 
     def __enter__(self) -> "_Trial":
@@ -92,7 +92,12 @@ class _Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._kill_driver()
+        """Ends the training as a user would, so that nothing writes to its folder any more; by force if it does not answer."""
+        self._driver.terminate()
+        try:
+            self._driver.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._kill_driver()
 
     def harm(self, harm: str) -> list[float]:
         """Seconds of each of PARTS."""

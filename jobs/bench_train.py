@@ -69,7 +69,7 @@ def run(dataset: Path | None, *, preset: str, size: int, global_batch: int, micr
 
 
 def synthetic_dataset(folder: Path) -> Path:
-    """24 clips of 128 pixels and 40 frames, built in `folder`."""
+    """24 clips of 128 pixels and 40 frames in `folder`/videos, built to the dataset that is returned, `folder`/dataset."""
     synthesize(folder / "videos", num_clips=24, seed=1)
     paths = {"videos": str(folder / "videos"), "labels": str(folder / "videos" / "labels.csv"), "dir": str(folder / "dataset")}
     build.build_dataset(parse_overrides({"data": paths}, []))

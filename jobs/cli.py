@@ -677,7 +677,7 @@ def bench_model(presets: str, repeats: int, threads: int, batch: int, as_json: b
 @click.option("--size", default=224, show_default=True, help="Pixels.")
 @click.option("--global-batch", default=4, show_default=True, help="Clips a step.")
 @click.option("--micro-batch", default=2, show_default=True, help="Clips of a micro-batch; two of them at the least make a step.")
-@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds of each contest.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved rounds of each contest.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int, micro_batch: int, rounds: int, as_json: bool) -> None:
     """What a training step costs beyond the model: our loop, saving, loading, ZeRO 0 to 3 against plain torch."""
@@ -690,7 +690,7 @@ def bench_train(dataset: Path | None, preset: str, size: int, global_batch: int,
 
 @bench.command("restart")
 @click.option("--launcher", "launchers", type=click.Choice(["local", "ray"]), multiple=True, default=("local", "ray"), show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Each harm once in a round.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Each harm once in a round.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def bench_restart(launchers: tuple[str, ...], rounds: int, as_json: bool) -> None:
     """Seconds from a lost worker, a stopped one, or a killed command to the next optimizer step."""

@@ -11,10 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs import build
-from jobs.recipe import parse_overrides
+from jobs.bench_train import synthetic_dataset
 from jobs.run_folder import environment, write_text
-from jobs.synthesize import synthesize
 from tests.jobs import soak_build, soak_train
 from tests.pipeline import soak_loader, soak_peers
 
@@ -36,9 +34,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="posmlp-soak-") as name:
         folder = Path(name)
-        synthesize(folder / "videos", num_clips=24, seed=1)
-        paths = {"videos": str(folder / "videos"), "labels": str(folder / "videos" / "labels.csv"), "dir": str(folder / "dataset")}
-        build.build_dataset(parse_overrides({"data": paths}, []))
+        synthetic_dataset(folder)
         reference = soak_train.Run(folder / "reference", folder / "dataset")
         reference.finish()
         soak_loader.damaged_copy(folder / "dataset", folder / "damaged")

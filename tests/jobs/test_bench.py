@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jobs import bench_build, bench_encode
+from jobs import bench_build, bench_encode, bench_restart
 from jobs.bench_cpu import family_cpu_s
 from jobs.cli import posmlp
 from jobs.errors import JobError
@@ -82,3 +82,19 @@ def test_without_ffmpeg_the_table_says_so() -> None:
     assert "not measured: ffmpeg is not installed" in text
     assert "two workers / one: 1.00" in text
     assert "task / ffmpeg" not in text
+
+
+def test_from_a_kill_to_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_restart, "HARMS", ("worker killed", "driver killed"))  # a stopped one takes 20 s to be noticed
+    worker, driver = bench_restart.run(["local"], 1)
+    for row in (worker, driver):
+        seconds = [float(str(row[part])) for part in bench_restart.PARTS]
+        assert all(part > 0 for part in seconds[1:])
+        assert row["lowest"] == row["whole"] == row["highest"] == pytest.approx(sum(seconds), abs=0.2)
+    assert float(str(worker["noticed"])) > 0 == driver["noticed"]
+    assert bench_restart.table([worker, driver]).count("killed") == 2
+
+
+def test_no_round_measures_nothing() -> None:
+    for command in ("restart", "train"):
+        assert CliRunner().invoke(posmlp, ["bench", command, "--rounds", "0"]).exit_code == 2
