@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import CheckpointStore
+from cluster.errors import ClusterError
+from cluster.lease import hold
 from cluster.metrics import merge_steps, read_metrics
 from tests.cluster import hosts, ray_hosts
 from tests.cluster.hosts import Host, Lab
@@ -30,7 +32,7 @@ from tests.jobs.soak_train import assert_same_stream
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = "/tmp/shared"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4, 5)
 FOLLOWED = 20  # steps after a change of the number of workers
 DEADLINE_S = 1800.0
 # A host is taken for dead some 25 s after its link is cut: 10 s are waited for, 60 s are not.
@@ -122,6 +124,7 @@ class Survival:
         self.cut(10.0)
         self.cut(60.0)
         self.until("the end", lambda: bool(self.events("end")))
+        self.until("the driver's end", lambda: not _in_use(self.run))
         self.say(f"ended by itself at step {self.last_step()} with {len(self.events('restart'))} restarts")
         joined = {**environment, "RAY_ADDRESS": f"{self.head.address}:6379"}
         judged = self.head.run(sys.executable, "-m", "jobs", "eval", f"{SHARED}/run", environment=joined, timeout_s=DEADLINE_S)
@@ -163,6 +166,14 @@ class Survival:
         attempts = self.events("attempt")
         pairs = itertools.pairwise(attempts)
         return [after for before, after in pairs if after["world_size"] != before["world_size"] and int(after["step"]) > 0]
+
+
+def _in_use(run: Path) -> bool:
+    try:
+        with hold(run):
+            return False
+    except ClusterError:
+        return True
 
 
 def _is_raylet(pid: int) -> bool:
