@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.presets import ResolvedConfig, Version
+from model.products import add_product, gelu_fits, product, product_type
 from model.units import GatingUnit, PoSGU, PoSTGU, PoTGU, Relations, gate_activated, gelu_gate
 from model.windows import WindowGrid
 
@@ -54,31 +55,26 @@ class GatedLayer(nn.Module):
     def weights(self, frames: int, sides: tuple[int, int], kind: torch.dtype) -> "LayerWeights":
         """Everything of this layer that no token decides, for tubes of a grid, in the type ``kind``.
 
-        LN's scale and shift are folded into fc1. Hidden channel c of a piece belongs to group c mod g, so (C/g, g) is the order
-        of its rows, and they are sorted by (piece, group, channel of the group).
+        LN's scale and shift are folded into fc1, for tokens as :func:`normalise` gives them. Hidden channel c of a piece belongs to group
+        c mod g, so (C/g, g) is the order of its rows, and they are sorted by (piece, group, channel of the group).
         """
         pieces = 4 if self.version == "v2" else 2
-        fc1 = (self.fc1.weight * self.norm.weight).to(kind)
+        fc1 = self.fc1.weight * self.norm.weight
+        bias = torch.addmv(self.fc1.bias, self.fc1.weight, self.norm.bias)
+        fc1 = torch.cat([fc1[:, :-1] - fc1[:, -1:], bias[:, None]], dim=1).to(kind)
         fc1 = fc1.view(pieces, -1, self.groups, fc1.shape[1]).transpose(1, 2).reshape(fc1.shape)
-        bias = torch.addmv(self.fc1.bias, self.fc1.weight, self.norm.bias).to(kind)
-        bias = bias.view(pieces, -1, self.groups).transpose(1, 2).reshape(-1, 1)
         fc2 = self.fc2.weight.to(kind)
         fc2 = fc2.view(len(fc2), 2 if self.version in ("v2", "v3") else 1, -1, self.groups).transpose(2, 3).reshape(fc2.shape).t()
         units = [self.gate_unit] if self.version == "v1" else [self.gate_unit_t, self.gate_unit_s]
-        return LayerWeights(fc1, bias, fc2, tuple(unit.relations(frames, sides, kind) for unit in units))
+        return LayerWeights(fc1, fc2, tuple(unit.relations(frames, sides, kind) for unit in units))
 
     def gated(self, normed: Tensor, own: "LayerWeights", tubes: torch.Size, real: Tensor | None) -> Tensor:
         """Normalised tokens (R*T*n, D) of ``tubes``, a shape (R, T, n), to the gated channels (rows, R*T*n) as fc2 reads them."""
-        one_product = _gelu_in_the_product(normed)
-        if one_product:
-            # The product takes no bias for its rows, but a column of ones does.
-            fc1, ones = torch.cat([own.fc1, own.fc1_bias], dim=1), F.pad(normed, (0, 1), value=1.0)
-            hidden = torch.ops.mkldnn._linear_pointwise(fc1, ones, None, "gelu", [], "none")
-        else:
-            hidden = torch.addmm(own.fc1_bias, own.fc1, normed.t())  # (r_e*D, R*T*n)
+        activated = gelu_fits(normed.device, normed.dtype)
+        hidden = product(own.fc1, normed, gelu=activated)  # (r_e*D, R*T*n)
         # Through time first, then through space: two pieces each in V2, the same two in V3 and V4.
         both = hidden.view(2, -1, *hidden.shape[1:]).unbind() if self.version == "v2" else [hidden] * len(own.relations)
-        gate = gate_activated if one_product else gelu_gate
+        gate = gate_activated if activated else gelu_gate
         outs = [
             gate(z.view(2, self.groups, -1, *tubes), way, real).view(-1, len(normed)) for z, way in zip(both, own.relations, strict=True)
         ]
@@ -86,31 +82,29 @@ class GatedLayer(nn.Module):
 
 
 class LayerWeights(NamedTuple):
-    """What a layer's parameters come to for a grid: fc1 (r_e*D, D) and its bias (r_e*D, 1), fc2 (gated rows, D), its maps."""
+    """What a layer's parameters come to for a grid: fc1 (r_e*D, D) with its bias in the last column, fc2 (gated rows, D),
+    its maps."""
 
     fc1: Tensor
-    fc1_bias: Tensor
     fc2: Tensor
     relations: tuple[Relations, ...]
 
 
-def _gelu_in_the_product(tokens: Tensor) -> bool:
-    """Whether fc1 and GELU run as one oneDNN product, hidden channels passing through memory once: inference on a CPU, in float32 or,
-    where the CPU has it, bfloat16."""
-    return (
-        tokens.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and bool(torch.backends.mkldnn.enabled)
-        and (tokens.dtype == torch.float32 or (tokens.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())))
-    )
+def normalise(x: Tensor, kind: torch.dtype) -> Tensor:
+    """LN without scale and shift on (..., D), as (rows, D) in the type ``kind``, with ones for its last channel.
+
+    Normalised channels sum to zero, so the last one is minus the sum of the others: W[:, :-1] - W[:, -1:] on the others is W on all, and
+    the free channel carries a bias that no pass over the product has to add.
+    """
+    scale, shift = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    scale[-1], shift[-1] = 0.0, 1.0
+    return F.layer_norm(x, x.shape[-1:], scale, shift, eps=NORM_EPS).view(-1, x.shape[-1]).to(kind)
 
 
 def add_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid, residual: bool = True) -> Tensor:
     """x plus the sum of f(x) over ``layers``, or without ``residual`` that sum alone: tubes (R, T, n, D) to the same shape."""
     tubes, frames, _, width = x.shape
-    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    kind = product_type(x)
     weights = [layer.weights(frames, windows.sides, kind) for layer in layers]
     # Added one by one: through stack().sum() autograd would hand all biases gradients that share one memory, and accumulating
     # over micro-batches would count them twice.
@@ -122,12 +116,11 @@ def add_layers(x: Tensor, layers: Sequence[GatedLayer], windows: WindowGrid, res
     at_once = max(1, CACHE_BYTES // hidden_bytes) if x.device.type == "cpu" else tubes
     done = []
     for some, visible in zip(torch.split(x, at_once), [None] * tubes if real is None else torch.split(real, at_once), strict=False):
-        normed = F.layer_norm(some, (width,), eps=NORM_EPS).view(-1, width).to(kind)
+        normed = normalise(some, kind)
         out = some.reshape(-1, width) + bias if residual else bias.repeat(len(normed), 1)
         for layer, own in zip(layers, weights, strict=True):
             gated = layer.gated(normed, own, some.shape[:-1], visible)
-            # In place where types agree: the product adds to what is there.
-            out = out.addmm_(gated.t(), own.fc2) if out.dtype == kind else out + torch.mm(gated.t(), own.fc2)
+            out = add_product(out, gated, own.fc2)
         done.append(out.view(some.shape))
     return done[0] if len(done) == 1 else torch.cat(done)
 

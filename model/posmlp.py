@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.batch_norm import StemNorm
 from model.blocks import NORM_EPS, Block, Stage
 from model.errors import ModelError
 from model.modality import see
 from model.presets import NUM_STAGES, ModelConfig, ResolvedConfig
+from model.products import gelu_fits, product_type
 
 
 class PatchEmbed(nn.Module):
@@ -30,21 +32,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         half, depth = width // 2, 3 if stem == "3d" else 1
         self.proj1 = nn.Conv3d(in_channels, half, (depth, 3, 3), stride=(2 if stem == "3d" else 1, 2, 2), padding=(depth // 2, 1, 1))
-        self.norm1 = nn.BatchNorm3d(half, eps=NORM_EPS)
-        self.act = nn.GELU()
+        self.norm1 = StemNorm(half, NORM_EPS, gelu=True)
         self.proj2 = nn.Conv3d(half, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
-        self.norm2 = nn.BatchNorm3d(width, eps=NORM_EPS)
+        self.norm2 = StemNorm(width, NORM_EPS, gelu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) floating to (B, D, T', H/4, W/4), stored channels-last."""
-        x = self._normalise(self.norm1, convolve(self.proj1, x))
-        return self._normalise(self.norm2, convolve(self.proj2, self.act(x)))
-
-    def _normalise(self, norm: nn.BatchNorm3d, x: Tensor) -> Tensor:
-        # On a CPU torch sums channels-last statistics in one running float32, which costs gradients half a digit; and where strides
-        # leave open which layout it is, as with one frame, it reads gradients in the wrong one (torch 2.13).
-        contiguous = torch.is_grad_enabled() and x.device.type == "cpu"
-        return cast(Tensor, norm(x.contiguous() if contiguous else x))
+        for conv, norm in ((self.proj1, self.norm1), (self.proj2, self.norm2)):
+            fold = not norm.training and gelu_fits(x.device, product_type(x))
+            x = convolve(conv, x, norm) if fold else norm(convolve(conv, x))
+        return x
 
 
 class Downsample(nn.Module):
@@ -60,20 +57,31 @@ class Downsample(nn.Module):
         return cast(Tensor, self.norm(convolve(self.proj, x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)))
 
 
-def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def convolve(conv: nn.Conv3d, x: Tensor, norm: StemNorm | None = None) -> Tensor:
     """``conv(x)`` on (B, C, T, H, W), as a 2-D convolution over frames where the kernel has no extent in time.
 
-    The same sums; channels-last 2-D kernels are the fast ones, and leave tokens in the order the stages want.
+    The same sums; channels-last 2-D kernels are the fast ones, and leave tokens in the order the stages want. norm: what follows in
+    evaluation, done by the convolution itself, GELU included, where :func:`model.products.gelu_fits`.
     """
-    if conv.kernel_size[0] != 1:
-        return cast(Tensor, conv(x.contiguous(memory_format=torch.channels_last_3d)))
     batch, _, frames, _, _ = x.shape
-    # One frame is squeezed, not transposed: its strides would leave the layout open, which batch norm's backward gets wrong.
-    images = x.squeeze(2) if frames == 1 else x.transpose(1, 2).flatten(0, 1)
-    weight = conv.weight[:, :, 0].contiguous(memory_format=torch.channels_last)
-    images = images.contiguous(memory_format=torch.channels_last)
-    images = F.conv2d(images, weight, conv.bias, conv.stride[1:], conv.padding[1:])
-    return images.unsqueeze(2) if frames == 1 else images.view(batch, frames, *images.shape[1:]).transpose(1, 2)
+    weight, bias = (conv.weight, conv.bias) if norm is None else norm.folded(conv)
+    flat = conv.kernel_size[0] == 1
+    if flat:
+        # One frame is squeezed, not transposed: its strides would leave the layout open, which batch norm's backward gets wrong.
+        x = x.squeeze(2) if frames == 1 else x.transpose(1, 2).flatten(0, 1)
+        weight = weight[:, :, 0]
+    layout = torch.channels_last if flat else torch.channels_last_3d
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    stride, padding, dilation = conv.stride[flat:], conv.padding[flat:], conv.dilation[flat:]
+    if norm is not None and norm.gelu:
+        kind = product_type(x)
+        x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+        x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, 1, "gelu", [], "none")
+    else:
+        x = (F.conv2d if flat else F.conv3d)(x, weight, bias, stride, padding)
+    if not flat:
+        return x
+    return x.unsqueeze(2) if frames == 1 else x.view(batch, frames, *x.shape[1:]).transpose(1, 2)
 
 
 class PosMLPVideo(nn.Module):
