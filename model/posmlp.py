@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batch_norm import StemNorm
 from model.blocks import NORM_EPS, Block, Stage
 from model.errors import ModelError
 from model.modality import see
 from model.presets import NUM_STAGES, ModelConfig, ResolvedConfig
 from model.products import gelu_fits, product_type
+from model.stem_norm import StemNorm
 
 
 class PatchEmbed(nn.Module):
