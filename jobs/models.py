@@ -61,8 +61,8 @@ def kept_elements(config: ResolvedConfig) -> int:
     height, width = config.input_size
     half_size = frames * -(-height // 2) * -(-width // 2)
     tokens = [frames * rows * columns for rows, columns in config.grids]
-    # Stem: the clip, what each convolution gives, BatchNorm's and GELU's output in between.
-    total = config.stem_channels * config.num_frames * height * width + 3 * half_size * (d[0] // 2) + tokens[0] * d[0]
+    # Stem: the clip, what each convolution gives, GELU's output in between; on a GPU BatchNorm's, too.
+    total = config.stem_channels * config.num_frames * height * width + 2 * half_size * (d[0] // 2) + tokens[0] * d[0]
     for stage in range(NUM_STAGES):
         if stage:  # the convolution's input and its output, which LayerNorm reads
             total += tokens[stage - 1] * d[stage - 1] + tokens[stage] * d[stage]
