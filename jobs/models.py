@@ -56,7 +56,7 @@ def card(config: ResolvedConfig) -> ModelCard:
 
 
 def kept_elements(config: ResolvedConfig) -> int:
-    """Numbers that autograd keeps of one clip, stochastic depth and recomputation aside."""
+    """Numbers that autograd keeps of one clip on a CPU, stochastic depth and recomputation aside."""
     d, frames = config.widths, config.num_token_frames
     height, width = config.input_size
     half_size = frames * -(-height // 2) * -(-width // 2)
