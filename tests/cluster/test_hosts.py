@@ -90,7 +90,7 @@ def test_a_link_is_cut_restored_and_delayed(lab: hosts.Lab) -> None:
     two.delay(60)
     slow_s = round_trip_s(one, two)
     assert slow_s is not None
-    assert 0.12 <= slow_s < 1
+    assert slow_s >= 0.12
 
 
 HARNESS = """

@@ -136,7 +136,7 @@ def test_workers_that_make_no_progress_are_noticed(uninterrupted: Path, tmp_path
     misfortunes = [{"attempt": 1, "rank": 1, "step": 5, "kind": "stop"}, {"attempt": 2, "rank": 1, "step": 6, "kind": "hang"}]
     start = time.monotonic()
     events = train(tmp_path, 2, misfortunes=misfortunes, hang_timeout_s=10)
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 240  # a worker that sleeps would take an hour
     assert len(events) == 2
     stopped, slept = (Path(str(event["reason"]).rsplit(" ", 1)[1]).read_text() for event in events)
     for event in events:

@@ -65,13 +65,13 @@ def test_building_against_ffmpeg(videos: Path, tmp_path: Path) -> None:
 
 def test_cpu_time_of_all_processes_below() -> None:
     """Of children that are still there, and of a grandchild that one of them waited for."""
-    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    busy = "import time\nwhile time.process_time() < 1: pass"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}]); print('done', flush=True); sys.stdin.read()"
     before = family_cpu_s()
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert family_cpu_s() - before > 0.5
+        assert family_cpu_s() - before > 0.9  # the kernel tells whole hundredths only, of each process and kind
 
 
 def test_without_ffmpeg_the_table_says_so() -> None:

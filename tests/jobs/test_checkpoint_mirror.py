@@ -228,11 +228,11 @@ def test_a_stopped_run_is_copied_an_interrupted_one_does_not_wait(tmp_path: Path
     with pytest.raises(ZeroDivisionError):
         beside(mirror, store, 1, ZeroDivisionError())
     assert steps_in(mirror) == [1]
-    proxy.weather = Weather({}, latency_s=5.0)
+    proxy.weather = Weather({}, latency_s=15.0)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         beside(mirror, store, 2, KeyboardInterrupt())
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10
 
 
 # --- what is there, and what stays
